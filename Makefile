@@ -1,0 +1,41 @@
+# make demo and make test set up what they need: a venv, the package, and as root the system packages.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.PHONY: setup system demo test unit fleet lint docs clean
+
+setup: $(VENV)/.done
+
+$(VENV)/.done: pyproject.toml
+	$(PYTHON) -m venv $(VENV) || { echo "hint: sudo apt-get install python3-venv" >&2; exit 1; }
+	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed -e '.[dev]'
+	touch $@
+
+# What sandbox hosts and the tests of the host program need; without root it says what is missing and goes on.
+system:
+	@sh tests/system-packages.sh
+
+demo: setup system
+	$(BIN)/labdeploy demo
+
+test: lint unit fleet
+
+lint: setup system
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	shellcheck -s sh labdeploy/apply.sh tests/system-packages.sh
+
+unit: setup system
+	$(BIN)/python -m pytest tests/unit -n 2
+
+fleet: setup system
+	$(BIN)/python -m pytest tests/fleet -n 2
+
+# The generated pages: CLI and inventory reference, JSON Schema. A test compares them.
+docs: setup
+	$(BIN)/python -m tests.make_docs
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache rendered dist

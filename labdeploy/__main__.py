@@ -1,0 +1,55 @@
+"""The command `labdeploy`: runs the CLI and turns every failure into a message and an exit code."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from labdeploy.cli import cli
+from labdeploy.errors import LabdeployError
+
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run labdeploy and exit with its code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(argv: list[str]) -> int:
+    """Run one command line and give its exit code; whatever goes wrong is told on stderr, never as a traceback."""
+    try:
+        result = cli.main(argv, prog_name="labdeploy", standalone_mode=False)
+    except LabdeployError as error:
+        tell(error)
+        return error.exit_code
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        print(f"error: {error.format_message()}", file=sys.stderr)  # noqa: T201
+        if isinstance(error, click.UsageError) and error.ctx:
+            print(f"\nhint: {error.ctx.command_path} --help", file=sys.stderr)  # noqa: T201
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        print("error: interrupted", file=sys.stderr)  # noqa: T201
+        return INTERRUPTED
+    except Exception as error:
+        if "-v" in argv or "--verbose" in argv:
+            raise
+        print(f"error: unexpected: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
+        print("\nhint: run it again with -v and report what it prints", file=sys.stderr)  # noqa: T201
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def tell(error: LabdeployError) -> None:
+    """Print an error: each of its lines, then what to type next."""
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr)  # noqa: T201
+    if error.hint:
+        print(f"\nhint: {error.hint}", file=sys.stderr)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

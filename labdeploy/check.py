@@ -1,0 +1,101 @@
+"""Is a service well, and how soon does its first token come? Measured at the client, through the SSH connection."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import secrets
+import statistics
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from labdeploy.errors import LabdeployError
+
+if TYPE_CHECKING:
+    from labdeploy.host import HostConnection
+    from labdeploy.inventory import Service
+
+SAMPLES = 5  # after one warm-up; p95 of so few is their maximum
+MAX_TOKENS = 24
+TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One streamed completion."""
+
+    ttft_ms: float
+    tokens: int
+    decode_s: float
+    """From the first token to the last."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a service answered."""
+
+    healthy: bool
+    samples: tuple[Sample, ...] = ()
+    error: str | None = None
+
+    @property
+    def ttft_p50_ms(self) -> float | None:
+        """Median time to first token."""
+        return statistics.median(sample.ttft_ms for sample in self.samples) if self.samples else None
+
+    @property
+    def ttft_p95_ms(self) -> float | None:
+        """The slowest but one in twenty."""
+        times = sorted(sample.ttft_ms for sample in self.samples)
+        return times[min(len(times) - 1, int(len(times) * 0.95))] if times else None
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Median speed after the first token."""
+        speeds = [(s.tokens - 1) / s.decode_s for s in self.samples if s.tokens > 1 and s.decode_s > 0]
+        return statistics.median(speeds) if speeds else None
+
+
+def check_service(connection: HostConnection, service: Service, *, samples: int = SAMPLES) -> Report:
+    """Ask a service for a few short completions; the first one warms up and does not count."""
+    if service.api_key_file:
+        return Report(healthy=False, error="needs an API key, which stays on the host; use `labdeploy status`")
+    try:
+        taken = [_completion(connection, service) for _ in range(samples + 1)]
+    except (OSError, http.client.HTTPException, ValueError, LabdeployError) as error:
+        return Report(healthy=False, error=str(error) or type(error).__name__)
+    return Report(healthy=True, samples=tuple(taken[1:]))
+
+
+def _completion(connection: HostConnection, service: Service) -> Sample:
+    """Stream one completion; a fresh nonce leads the prompt, so that no cached prefix flatters the figure."""
+    body = {
+        "model": service.model,
+        "prompt": f"{secrets.token_hex(4)} Tell me about the weather today.",
+        "max_tokens": MAX_TOKENS,
+        "stream": True,
+    }
+    web = connection.http(_reachable(service.bind), service.port, TIMEOUT_S)
+    started = time.monotonic()
+    web.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    answer = web.getresponse()
+    if answer.status != http.client.OK:
+        raise LabdeployError(f"HTTP {answer.status}: {answer.read(300).decode(errors='replace').strip()}")
+    arrivals = [time.monotonic() for line in answer if _has_token(line)]
+    web.close()
+    if not arrivals:
+        raise LabdeployError("the completion held no token")
+    return Sample((arrivals[0] - started) * 1000, len(arrivals), arrivals[-1] - arrivals[0])
+
+
+def _has_token(line: bytes) -> bool:
+    """Tell whether a line of the event stream carries text."""
+    if not line.startswith(b"data: {"):
+        return False
+    choices = json.loads(line[len(b"data: ") :]).get("choices") or [{}]
+    return bool(choices[0].get("text"))
+
+
+def _reachable(bind: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bind, bind)  # noqa: S104 (a lookup, not a bind)

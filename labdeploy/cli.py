@@ -1,0 +1,546 @@
+"""The command line: reads arguments, calls the core, prints. Heavy imports wait inside the commands that need them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from labdeploy import __version__
+from labdeploy.errors import CheckError, InventoryError, LabdeployError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from labdeploy.deploy import Outcome
+    from labdeploy.generation import Generation
+    from labdeploy.inventory import Host, Inventory
+    from labdeploy.plan import HostPlan
+
+F = TypeVar("F", bound="Callable[..., Any]")
+
+
+class Options:
+    """The global options, wherever on the command line they stood."""
+
+    inventory_path: Path | None = None
+    json: bool = False
+    yes: bool = False
+    verbose: bool = False
+
+    @functools.cached_property
+    def inventory(self) -> Inventory:
+        """The inventory, read once."""
+        from labdeploy import inventory  # noqa: PLC0415
+
+        return inventory.load(inventory.find(self.inventory_path))
+
+    def confirm(self, question: str) -> None:
+        """Ask on a terminal; without one, -y must have been given."""
+        if self.yes:
+            return
+        if not sys.stdin.isatty():
+            raise InventoryError(f"{question} There is no terminal to ask on", hint="add -y to go ahead")
+        click.confirm(question, abort=True, err=True)
+
+
+def _set(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
+    def callback(ctx: click.Context, _param: click.Parameter, value: Any) -> None:  # noqa: ANN401
+        options = ctx.ensure_object(Options)
+        if value:
+            setattr(options, name, value)
+
+    return callback
+
+
+def common(command: F) -> F:
+    """Give a command the global options, so that they may stand before or after its name."""
+    flags = [
+        click.option(
+            "-i",
+            "--inventory",
+            type=click.Path(path_type=Path),
+            help="The inventory; else $LABDEPLOY_INVENTORY, else the nearest inventory.yaml upwards.",
+            expose_value=False,
+            callback=_set("inventory_path"),
+        ),
+        click.option("--json", is_flag=True, help="Report as JSON.", expose_value=False, callback=_set("json")),
+        click.option("-y", "--yes", is_flag=True, help="Do not ask.", expose_value=False, callback=_set("yes")),
+        click.option("-v", "--verbose", is_flag=True, help="Say more.", expose_value=False, callback=_set("verbose")),
+    ]
+    for flag in reversed(flags):
+        command = flag(command)
+    return command
+
+
+def reporting(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the global options and pass them as its first argument."""
+    return common(click.make_pass_decorator(Options, ensure=True)(command))
+
+
+hosts_argument = click.argument("hosts", metavar="[HOST]...", nargs=-1)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
+@click.version_option(__version__, prog_name="labdeploy")
+@common
+def cli() -> None:
+    """Deploy tuned llama-server, Ollama and vLLM services to your own machines, with a way back.
+
+    HOST takes host names, group names and globs; without one, most commands mean every host.
+    """
+
+
+# --- plan and render ----------------------------------------------------------------------------------------------
+
+
+def _plans(options: Options, hosts: Sequence[str]) -> list[HostPlan]:
+    from labdeploy import lock, plan  # noqa: PLC0415
+    from labdeploy.models.model import ModelBook  # noqa: PLC0415
+
+    inventory = options.inventory
+    book = ModelBook(inventory, lock.read(inventory.lock_path))
+    return [plan.plan_host(host, book) for host in inventory.select(hosts)]
+
+
+def _generations(options: Options, plans: Sequence[HostPlan]) -> dict[str, Generation]:
+    from labdeploy import plan, render  # noqa: PLC0415
+    from labdeploy.generation import Generation  # noqa: PLC0415
+
+    plan.require_fit(plans)
+    environment = render.environment(options.inventory.folder)
+    return {p.host.name: Generation(render.render_host(p, environment)) for p in plans}
+
+
+@cli.command("plan")
+@hosts_argument
+@reporting
+def plan_command(options: Options, hosts: tuple[str, ...]) -> None:
+    """Show what fits: memory by device, and every setting with its reason."""
+    from labdeploy import plan, report  # noqa: PLC0415
+
+    plans = _plans(options, hosts)
+    if options.json:
+        _print_json({"hosts": {p.host.name: plan.to_json(p) for p in plans}})
+    else:
+        for p in plans:
+            click.echo(report.plan_text(p), nl=False)
+    plan.require_fit(plans)
+
+
+@cli.command()
+@hosts_argument
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("rendered"), help="Folder to write to.")
+@click.option("--stdout", is_flag=True, help="Print instead of writing.")
+@reporting
+def render(options: Options, hosts: tuple[str, ...], output: Path, stdout: bool) -> None:
+    """Write every file of every host to a folder; touches no host.
+
+    The files are byte for byte what push installs.
+    """
+    from labdeploy import report  # noqa: PLC0415
+
+    generations = _generations(options, _plans(options, hosts))
+    if stdout:
+        for host, generation in generations.items():
+            click.echo(report.files_text(host, generation.files), nl=False)
+        return
+    for host, generation in generations.items():
+        _write_tree(output / host, generation)
+    if options.json:
+        _print_json({"output": str(output), "hosts": {h: sorted(g.files) for h, g in generations.items()}})
+        return
+    for host, generation in generations.items():
+        click.echo(f"{host}: {len(generation.files)} files in {output / host}")
+
+
+def _write_tree(folder: Path, generation: Generation) -> None:
+    """Make a host's folder hold just this generation; only folders that render itself makes are cleaned."""
+    for kind in ("systemd", "services"):
+        for old in (folder / kind).glob("*"):
+            if f"{kind}/{old.name}" not in generation.files:
+                old.unlink()
+    for path, data in generation.files.items():
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+
+
+# --- push and rollback --------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@hosts_argument
+@click.option("--all", "everything", is_flag=True, help="Every host of the inventory.")
+@click.option("--dry-run", is_flag=True, help="Show what would change; change nothing.")
+@click.option("--serial", type=click.IntRange(1), default=None, help="So many hosts at a time.")
+@click.option("--canary", type=click.IntRange(0), default=0, help="So many hosts first; the rest if they are well.")
+@click.option("--max-failures", type=click.IntRange(0), default=None, help="Start no more hosts after so many failed.")
+@click.option("--overwrite-drift", is_flag=True, help="Replace files that were changed on a host by hand.")
+@click.option("--watch", type=click.IntRange(0, 3600), default=None, help="Seconds a service must stay up.")
+@reporting
+def push(
+    options: Options,
+    hosts: tuple[str, ...],
+    everything: bool,
+    dry_run: bool,
+    serial: int | None,
+    canary: int,
+    max_failures: int | None,
+    overwrite_drift: bool,
+    watch: int | None,
+) -> int:
+    """Deploy, verify, switch, check health; where that fails the old generation comes back."""
+    from labdeploy import deploy  # noqa: PLC0415
+
+    if bool(hosts) == everything:
+        raise click.UsageError("name the hosts to push to, or write --all")
+    plans = _plans(options, hosts)
+    generations = _generations(options, plans)
+    if everything and not dry_run:
+        names = ", ".join(p.host.name for p in plans)
+        options.confirm(f"Push to {len(plans)} hosts ({names})?")
+    push_id = deploy.new_push_id()
+    jobs = [
+        deploy.push_job(p.host, generations[p.host.name], push_id, sum(s.health.deadline_s for s in p.services))
+        for p in plans
+    ]
+    return _run(
+        options,
+        jobs,
+        push_id,
+        order=deploy.Order(canary, serial or 0, max_failures),
+        flags=[*(["dry-run"] if dry_run else []), *(["overwrite-drift"] if overwrite_drift else [])],
+        watch_s=deploy.WATCH_S if watch is None else watch,
+    )
+
+
+@cli.command()
+@hosts_argument
+@click.option("--to", type=click.IntRange(0), default=None, help="The generation to go back (or forward) to.")
+@click.option("--overwrite-drift", is_flag=True, help="Replace files that were changed on a host by hand.")
+@reporting
+def rollback(options: Options, hosts: tuple[str, ...], to: int | None, overwrite_drift: bool) -> int:
+    """Go back: without a host, undo the last push on every host it changed.
+
+    With hosts: each to the generation it had before, or to the one named by --to. Uses only what is on the hosts.
+    """
+    from labdeploy import deploy  # noqa: PLC0415
+
+    if to is not None and not hosts:
+        raise click.UsageError("--to needs the hosts it is for: generations are numbered per host")
+    selected = options.inventory.select(hosts)
+    if hosts:
+        targets = {host.name: "previous" if to is None else str(to) for host in selected}
+    else:
+        targets = _last_push(options, selected)
+    push_id = deploy.new_push_id()
+    jobs = [
+        deploy.Job(host, "rollback", targets[host.name], tuple(host.services))
+        for host in selected
+        if host.name in targets
+    ]
+    return _run(options, jobs, push_id, flags=["overwrite-drift"] if overwrite_drift else [])
+
+
+def _last_push(options: Options, hosts: Sequence[Host]) -> dict[str, str]:
+    """Find the hosts that the last push changed, and what each had before; ask before touching them."""
+    from labdeploy import fleet  # noqa: PLC0415
+
+    answers = fleet.ask_all(hosts, options.inventory.folder, fleet.history)
+    switches = {h: a.last_switch for h, a in answers.items() if isinstance(a, fleet.History) and a.last_switch}
+    errors = [a for a in answers.values() if isinstance(a, LabdeployError)]
+    if errors and not switches:
+        raise errors[0]
+    for error in errors:
+        click.echo(f"warning: {error}; it is left as it is", err=True)
+    if not switches:
+        raise InventoryError("no host has a push to undo", hint="labdeploy history")
+    last = max(switch.push_id for switch in switches.values() if switch)
+    found = {h: str(s.from_) for h, s in switches.items() if s and s.push_id == last}
+    went = ", ".join(f"{h} {s.to} -> {s.from_}" for h, s in switches.items() if s and h in found)
+    options.confirm(f"Undo {last} on {len(found)} hosts ({went})?")
+    return found
+
+
+def _run(
+    options: Options,
+    jobs: Sequence[Any],
+    push_id: str,
+    *,
+    order: Any = None,  # noqa: ANN401
+    flags: Sequence[str] = (),
+    watch_s: int | None = None,
+) -> int:
+    """Do the jobs with live progress, print the recap, give the exit code."""
+    from labdeploy import deploy, report  # noqa: PLC0415
+
+    with report.Progress([job.host.name for job in jobs], verbose=options.verbose, quiet=options.json) as progress:
+        outcomes = deploy.run_jobs(
+            jobs,
+            options.inventory.folder,
+            push_id,
+            order=order or deploy.Order(),
+            options=flags,
+            watch_s=deploy.WATCH_S if watch_s is None else watch_s,
+            on_line=progress.line,
+            on_outcome=progress.done,
+            stop=progress.stop,
+        )
+    if options.json:
+        _print_json(deploy.to_json(push_id, outcomes))
+    else:
+        for outcome in outcomes:
+            click.echo(report.outcome_text(outcome), nl=False)
+    _tell_errors(outcomes)
+    codes = [outcome.exit_code for outcome in outcomes]
+    return max([*codes, 130 if progress.stop.is_set() and progress.interrupted else 0], default=0)
+
+
+def _tell_errors(outcomes: Sequence[Outcome]) -> None:
+    """Print every host's error, then one hint: the first failure's."""
+    errors = [outcome.error for outcome in outcomes if outcome.error]
+    for error in errors:
+        for line in str(error).splitlines():
+            click.echo(f"error: {line}", err=True)
+    if len(outcomes) > 1 and errors:
+        click.echo(f"error: {len(errors)} of {len(outcomes)} hosts failed", err=True)
+    hints = [error.hint for error in errors if error.hint]
+    if hints:
+        click.echo(f"\nhint: {hints[0]}", err=True)
+
+
+# --- looking ------------------------------------------------------------------------------------------------------
+
+
+def _ask(options: Options, hosts: Sequence[str], question: Any) -> tuple[dict[str, Any], int]:  # noqa: ANN401
+    """Ask hosts and split answers from errors; errors are told on stderr at once."""
+    from labdeploy import fleet  # noqa: PLC0415
+
+    answers = fleet.ask_all(options.inventory.select(hosts), options.inventory.folder, question)
+    errors = {h: a for h, a in answers.items() if isinstance(a, LabdeployError)}
+    for error in errors.values():
+        click.echo(f"error: {error}", err=True)
+    if hint := next((error.hint for error in errors.values() if error.hint), None):
+        click.echo(f"\nhint: {hint}", err=True)
+    return answers, max((error.exit_code for error in errors.values()), default=0)
+
+
+@cli.command()
+@hosts_argument
+@reporting
+def status(options: Options, hosts: tuple[str, ...]) -> int:
+    """Show units, health, generation, uptime and memory used against planned."""
+    from labdeploy import fleet, report  # noqa: PLC0415
+
+    answers, code = _ask(options, hosts, fleet.state)
+    if options.json:
+        _print_json({"hosts": {h: report.state_json(a) for h, a in answers.items()}})
+    else:
+        click.echo(report.state_text(answers), nl=False)
+    return code
+
+
+@cli.command()
+@hosts_argument
+@reporting
+def history(options: Options, hosts: tuple[str, ...]) -> int:
+    """Show generations: number, push id, when, who, what changed, which is current."""
+    from labdeploy import fleet, report  # noqa: PLC0415
+
+    answers, code = _ask(options, hosts, fleet.history)
+    if options.json:
+        _print_json({"hosts": {h: report.history_json(a) for h, a in answers.items()}})
+    else:
+        click.echo(report.history_text(answers), nl=False)
+    return code
+
+
+@cli.command()
+@hosts_argument
+@click.option("--exit-code", is_flag=True, help="Exit with 1 where there are differences, as git does.")
+@reporting
+def diff(options: Options, hosts: tuple[str, ...], exit_code: bool) -> int:
+    """Show rendered against deployed, and deployed against what is really on disk (drift)."""
+    from labdeploy import fleet, report  # noqa: PLC0415
+
+    generations = _generations(options, _plans(options, hosts))
+    answers, code = _ask(options, hosts, fleet.files)
+    diffs = {h: report.diffs(generations[h], a) for h, a in answers.items() if isinstance(a, fleet.Files)}
+    if options.json:
+        _print_json({"hosts": diffs})
+    else:
+        click.echo(report.diff_text(diffs), nl=False)
+    differs = any(found["pending"] or found["drift"] for found in diffs.values())
+    return code or int(exit_code and differs)
+
+
+@cli.command()
+@hosts_argument
+@click.option("--samples", type=click.IntRange(1, 1000), default=5, show_default=True, help="Completions to time.")
+@reporting
+def check(options: Options, hosts: tuple[str, ...], samples: int) -> int:
+    """Ask every service for a few tokens: alive, ready, time to first token at this machine."""
+    from labdeploy import check, report  # noqa: PLC0415
+
+    inventory = options.inventory
+
+    def question(connection: Any) -> dict[str, Any]:  # noqa: ANN401
+        services = inventory.host(connection.name).services
+        return {n: check.check_service(connection, s, samples=samples) for n, s in services.items()}
+
+    answers, code = _ask(options, hosts, question)
+    if options.json:
+        _print_json({"hosts": {h: report.check_json(a) for h, a in answers.items()}})
+    else:
+        click.echo(report.check_text(answers), nl=False)
+    ill = [(h, n, r) for h, a in answers.items() if isinstance(a, dict) for n, r in a.items() if not r.healthy]
+    for host, name, result in ill:
+        click.echo(f"error: {host}: {name}: {result.error}", err=True)
+    if ill:
+        click.echo(f"\nhint: labdeploy logs {ill[0][0]} {ill[0][1]} -n 50", err=True)
+    return max(code, CheckError.exit_code if ill else 0)
+
+
+@cli.command()
+@click.argument("host")
+@click.argument("service")
+@click.option("-f", "--follow", is_flag=True, help="Go on as new lines come.")
+@click.option("-n", "--lines", type=click.IntRange(0), default=100, show_default=True, help="Lines to begin with.")
+@reporting
+def logs(options: Options, host: str, service: str, follow: bool, lines: int) -> None:
+    """Show the journal of a service."""
+    from labdeploy.host import HostConnection  # noqa: PLC0415
+    from labdeploy.runners.base import unit_name  # noqa: PLC0415
+    from labdeploy.schema import did_you_mean  # noqa: PLC0415
+
+    target = options.inventory.host(host)
+    if service not in target.services:
+        near = did_you_mean(service, target.services)
+        raise InventoryError(f"{host} has no service {service!r}{near}", where=str(options.inventory.path))
+    argv = ["journalctl", "--no-pager", "-o", "short-iso", "-n", str(lines), "-u", unit_name(service)]
+    with HostConnection(target, options.inventory.folder) as connection:
+        for line in connection.stream([*argv, *(["-f"] if follow else [])]):
+            click.echo(line)
+
+
+# --- models, schema -----------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("source", metavar="FILE|DIR|HOST:PATH")
+@click.option("--add", "name", default=None, help="Put its shape into the lock under this model name.")
+@reporting
+def inspect(options: Options, source: str, name: str | None) -> None:
+    """Show a model's shape and what it costs at several contexts."""
+    from labdeploy import inspection, lock  # noqa: PLC0415
+
+    needs_inventory = name is not None or (":" in source and not Path(source).exists())
+    found = inspection.inspect(source, options.inventory if needs_inventory else None)
+    if name is not None:
+        if name not in options.inventory.models:
+            raise InventoryError(
+                f"{name!r} is not under models in {options.inventory.path}",
+                hint=f"add  {name}: {{path: {Path(source.rpartition(':')[2]).name}}}  below models:",
+            )
+        lock.add_model(options.inventory.lock_path, name, found.lock_entry)
+    if options.json:
+        _print_json(found.json)
+    else:
+        click.echo(found.text, nl=False)
+        if name is not None:
+            click.echo(f"added to {options.inventory.lock_path} as {name}")
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON Schema of inventory.yaml, for editors."""
+    from labdeploy import inventory  # noqa: PLC0415
+
+    _print_json(inventory.json_schema())
+
+
+# --- sandbox and demo ---------------------------------------------------------------------------------------------
+
+
+@cli.group()
+def sandbox() -> None:
+    """Throwaway real hosts on this machine: systemd as init, sshd, a runner."""
+
+
+SUITES = ("sid", "trixie", "bookworm")
+
+
+@sandbox.command("up")
+@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.option("--suite", type=click.Choice(SUITES), default="sid", show_default=True, help="Debian release.")
+@reporting
+def sandbox_up(options: Options, names: tuple[str, ...], suite: str) -> None:
+    """Bring hosts up, and write an inventory that holds them."""
+    from labdeploy import sandbox  # noqa: PLC0415
+
+    up = sandbox.up(list(names) or ["sandbox1"], suite, progress=lambda text: click.echo(text, err=True))
+    _print_sandboxes(options, up)
+    path = sandbox.write_inventory(sandbox.default_state_dir())
+    if not options.json:
+        click.echo(f"\nThey are in {path}. Give one a service there, then:")
+        click.echo(f"  labdeploy -i {path} push {up[0].name}")
+
+
+@sandbox.command("down")
+@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="All of them.")
+@reporting
+def sandbox_down(options: Options, names: tuple[str, ...], everything: bool) -> None:
+    """Take hosts down; nothing of them is left behind."""
+    from labdeploy import sandbox  # noqa: PLC0415
+
+    if bool(names) == everything:
+        raise click.UsageError("name the hosts to take down, or write --all")
+    gone = sandbox.down(list(names) or None, progress=lambda text: click.echo(text, err=True))
+    sandbox.write_inventory(sandbox.default_state_dir())
+    if options.json:
+        _print_json({"down": list(gone)})
+    else:
+        click.echo(f"down: {', '.join(gone) or 'nothing was up'}")
+
+
+@sandbox.command("ls")
+@reporting
+def sandbox_ls(options: Options) -> None:
+    """List hosts that are up."""
+    from labdeploy import sandbox  # noqa: PLC0415
+
+    _print_sandboxes(options, sandbox.ls())
+
+
+def _print_sandboxes(options: Options, hosts: Sequence[Any]) -> None:
+    keys = ("suite", "address", "port", "user", "key", "known_hosts", "running")
+    if options.json:
+        _print_json({"hosts": {h.name: {key: _plain(getattr(h, key)) for key in keys} for h in hosts}})
+        return
+    for h in hosts:
+        click.echo(f"{h.name}: {h.suite} at {h.address}, {'running' if h.running else 'stopped'}; key {h.key}")
+    if not hosts:
+        click.echo("no sandbox host is up; labdeploy sandbox up NAME makes one")
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    return str(value) if isinstance(value, Path) else value
+
+
+@cli.command()
+@reporting
+def demo(_options: Options) -> int:
+    """Show the whole story on a sandbox: push, ask, change, break, watch it come back, roll back."""
+    from labdeploy.demo import run  # noqa: PLC0415
+
+    return run()
+
+
+def _print_json(document: Any) -> None:  # noqa: ANN401
+    click.echo(json.dumps(document, indent=2))

@@ -1,0 +1,333 @@
+"""Push and rollback over many hosts: what is sent, what came back, in which order, and when to stop."""
+
+from __future__ import annotations
+
+import datetime as dt
+import getpass
+import json
+import re
+import secrets
+import socket
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from labdeploy import __version__
+from labdeploy.errors import (
+    HostError,
+    InventoryError,
+    LabdeployError,
+    LockedError,
+    NeedsPersonError,
+    UnhealthyError,
+)
+from labdeploy.host import HostConnection, Line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from labdeploy.generation import Generation
+    from labdeploy.inventory import Host
+
+Result = Literal["changed", "unchanged", "rolled-back", "failed", "skipped", "would-change"]
+
+WORKERS = 32  # more do not make it faster: one process handles 250-300 hosts a second, and latency per host grows
+WATCH_S = 6  # a service that crashes five seconds after its first answer is still caught
+CONFIRM_S = 30  # the host waits this long for the second connection before it goes back
+SLACK_S = 120  # beyond all deadlines of its services, a host that says nothing is given up
+_REFUSALS: dict[str, type[LabdeployError]] = {"2": InventoryError, "6": LockedError}
+
+
+@dataclass(frozen=True)
+class ServiceOutcome:
+    """What happened to one service."""
+
+    action: str
+    downtime_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What happened on one host."""
+
+    host: str
+    result: Result
+    generation: int | None = None
+    previous: int | None = None
+    seconds: float = 0.0
+    error: LabdeployError | None = None
+    services: Mapping[str, ServiceOutcome] = field(default_factory=dict)
+    log: tuple[tuple[str, str], ...] = ()
+    """Last journal lines of a service that failed: (service, line)."""
+    drift: tuple[str, ...] = ()
+    plan_before: Mapping[str, Any] = field(default_factory=dict)
+    plan_after: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code this host alone would give."""
+        return self.error.exit_code if self.error else 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do on one host: a verb of the host program with its target, and what to send along."""
+
+    host: Host
+    verb: Literal["push", "rollback"]
+    target: str
+    services: tuple[str, ...] = ()
+    payload: bytes = b""
+    deadline_s: float = 3600.0
+
+
+@dataclass(frozen=True)
+class Order:
+    """How a fleet is gone through: first some canaries, then so many at a time, until so many have failed."""
+
+    canary: int = 0
+    serial: int = 0
+    max_failures: int | None = None
+
+    def batches(self, jobs: Sequence[Job]) -> list[Sequence[Job]]:
+        """Cut the jobs into batches; a batch starts when the one before it has ended."""
+        first, rest = jobs[: self.canary], jobs[self.canary :]
+        size = self.serial or max(1, len(rest))
+        batches = [first] if first else []
+        return batches + [rest[i : i + size] for i in range(0, len(rest), size)]
+
+
+class Stop(threading.Event):
+    """Set on Ctrl-C: hosts in flight finish, no other is started."""
+
+
+def new_push_id() -> str:
+    """Make the id that all generations of one push share; ids sort by time."""
+    return f"{_now():%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+
+
+def whoami() -> str:
+    """Name who pushes from where, in characters that are safe anywhere."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # an account without a name
+        user = "unknown"
+    return re.sub(r"[^A-Za-z0-9@._-]", "_", f"{user}@{socket.gethostname()}")
+
+
+def push_job(host: Host, generation: Generation, push_id: str, deadline_s: float) -> Job:
+    """Say what a push sends to a host."""
+    at = f"{_now():%Y-%m-%dT%H:%M:%SZ}"
+    bundle = generation.bundle(push_id=push_id, by=whoami(), at=at, version=__version__)
+    return Job(host, "push", generation.content_hash, tuple(host.services), bundle, deadline_s)
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    folder: Path,
+    push_id: str,
+    *,
+    order: Order = Order(),
+    options: Iterable[str] = (),
+    watch_s: int = WATCH_S,
+    on_line: Callable[[str, Line], None] = lambda _host, _line: None,
+    on_outcome: Callable[[Outcome], None] = lambda _outcome: None,
+    stop: Stop | None = None,
+) -> list[Outcome]:
+    """Do the jobs host by host in parallel, batch after batch; every host gets an outcome, in the jobs' order."""
+    stop = stop or Stop()
+    outcomes: dict[str, Outcome] = {}
+
+    def run_one(job: Job) -> Outcome:
+        if stop.is_set():
+            return skipped(job, "interrupted before it was started")
+        return run_job(job, folder, push_id, ",".join(options) or "-", watch_s, on_line)
+
+    for batch in order.batches(jobs):
+        failures = sum(outcome.error is not None for outcome in outcomes.values())
+        if order.max_failures is not None and failures > order.max_failures:
+            stop.set()
+        if any(outcome.error for outcome in outcomes.values()) and order.canary and len(outcomes) == order.canary:
+            stop.set()
+        with ThreadPoolExecutor(max_workers=min(WORKERS, len(batch))) as pool:
+            futures: list[Future[Outcome]] = [pool.submit(run_one, job) for job in batch]
+            for future in _done(futures, stop):
+                outcomes[future.result().host] = future.result()
+                on_outcome(future.result())
+    return [outcomes[job.host.name] for job in jobs]
+
+
+def _done(futures: list[Future[Outcome]], stop: Stop) -> Iterable[Future[Outcome]]:
+    """Yield futures as they end; the first Ctrl-C stops new hosts and lets those in flight end."""
+    left = set(futures)
+    while left:
+        try:
+            for future in as_completed(left):
+                left.discard(future)
+                yield future
+        except KeyboardInterrupt:
+            if stop.is_set():
+                raise
+            stop.set()
+
+
+def skipped(job: Job, why: str) -> Outcome:
+    """Say that a host was left as it was."""
+    return Outcome(job.host.name, "skipped", error=None, services={}, drift=(why,))
+
+
+def run_job(
+    job: Job, folder: Path, push_id: str, options: str, watch_s: int, on_line: Callable[[str, Line], None]
+) -> Outcome:
+    """Do one job: connect, run the program, confirm over a second connection when it asks, read its answer."""
+    started = time.monotonic()
+    lines: list[Line] = []
+
+    def see(line: Line) -> None:
+        lines.append(line)
+        on_line(job.host.name, line)
+        if line.kind == "confirm":
+            _confirm(job.host, folder, push_id)
+
+    error: LabdeployError | None = None
+    try:
+        with HostConnection(job.host, folder) as connection:
+            connection.run(
+                job.verb,
+                push_id,
+                job.target,
+                whoami(),
+                str(watch_s),
+                str(CONFIRM_S),
+                options,
+                payload=job.payload,
+                on_line=see,
+                timeout_s=job.deadline_s + watch_s + CONFIRM_S + SLACK_S,
+            )
+    except LabdeployError as problem:
+        error = problem
+    return outcome_of(job, lines, error, time.monotonic() - started)
+
+
+def _confirm(host: Host, folder: Path, push_id: str) -> None:
+    """Confirm a push over a new connection: what the switch may have broken is just this way in."""
+    try:
+        with HostConnection(host, folder) as connection:
+            connection.run("confirm", push_id)
+    except HostError:
+        return  # the host goes back by itself and says so over the first connection
+
+
+def outcome_of(job: Job, lines: Sequence[Line], error: LabdeployError | None, seconds: float) -> Outcome:
+    """Read the program's answer."""
+    said = {line.kind: line for line in lines}
+    result, failure = said.get("result"), said.get("failed")
+    kinds: dict[str, Result] = {"changed": "changed", "unchanged": "unchanged", "would-change": "would-change"}
+    kind = kinds.get(result.field(0), "failed") if result else "failed"
+    if result and result.field(0) == "rolled-back":
+        kind = "rolled-back"
+    return Outcome(
+        host=job.host.name,
+        result=kind,
+        generation=int(result.field(1)) if result else None,
+        previous=int(result.field(2)) if result and result.field(2) else None,
+        seconds=round(seconds, 2),
+        error=_error(job.host.name, said, result, failure, error),
+        services=_services(job, lines),
+        log=tuple((line.field(0), line.field(1)) for line in lines if line.kind == "log"),
+        drift=tuple(line.field(0) for line in lines if line.kind == "drift"),
+        plan_before=_plan(said.get("plan-before")),
+        plan_after=_plan(said.get("plan-after")),
+    )
+
+
+def _error(
+    host: str, said: Mapping[str, Line], result: Line | None, failure: Line | None, error: LabdeployError | None
+) -> LabdeployError | None:
+    """Turn what went wrong on a host into its error, with what the host did about it."""
+    if refused := said.get("refused"):
+        kind = _REFUSALS.get(refused.field(0), LabdeployError)
+        return kind(refused.field(1), where=host, hint=refused.field(2))
+    why = failure.field(0) if failure else "the push was cut off"
+    logs = f"labdeploy logs {host} SERVICE -n 50"
+    if result is None:
+        if error:
+            return error
+        return LabdeployError(said["stderr"].field(0) if "stderr" in said else "no result came back", where=host)
+    if result.field(0) == "needs-person":
+        what = f"{why}; then generation {result.field(1)} did not come back either:{result.field(3)}"
+        return NeedsPersonError(what, where=host, hint=logs)
+    if result.field(0) == "rolled-back":
+        service = why.partition(":")[0]
+        return UnhealthyError(
+            f"{why}; generation {result.field(1)} is back", where=host, hint=logs.replace("SERVICE", service)
+        )
+    return None
+
+
+def _services(job: Job, lines: Sequence[Line]) -> dict[str, ServiceOutcome]:
+    found = {name: ServiceOutcome("unchanged") for name in job.services}
+    for line in lines:
+        if line.kind == "service":
+            down = float(line.field(2)) if line.field(2) else None
+            found[line.field(0)] = ServiceOutcome(line.field(1), down)
+    return found
+
+
+def _plan(line: Line | None) -> dict[str, Any]:
+    try:
+        plan = json.loads(line.field(0)) if line else {}
+    except ValueError:
+        return {}
+    return plan if isinstance(plan, dict) else {}
+
+
+def to_json(push_id: str, outcomes: Iterable[Outcome]) -> dict[str, Any]:
+    """Give the report of a push or rollback as the contract's JSON."""
+    return {"push_id": push_id, "hosts": {outcome.host: _outcome_json(outcome) for outcome in outcomes}}
+
+
+def _outcome_json(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "result": outcome.result,
+        "generation": outcome.generation,
+        "previous": outcome.previous,
+        "seconds": outcome.seconds,
+        "error": str(outcome.error) if outcome.error else None,
+        "hint": outcome.error.hint if outcome.error else None,
+        "services": {
+            name: {"action": service.action, "downtime_s": service.downtime_s}
+            for name, service in outcome.services.items()
+        },
+    }
+
+
+def setting_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Name per service the settings that differ between two plans: `ctx_size 8192 -> 32768`."""
+    changes: dict[str, list[str]] = {}
+    old_services, new_services = before.get("services", {}), after.get("services", {})
+    for name, new in new_services.items():
+        old = old_services.get(name)
+        if old is None:
+            changes[name] = ["new"]
+            continue
+        old_settings, new_settings = old.get("settings", {}), new.get("settings", {})
+        pairs = {
+            key: (old_settings.get(key, {}).get("value"), new_settings.get(key, {}).get("value"))
+            for key in {**old_settings, **new_settings}
+        }
+        pairs |= {key: (old.get(key), new.get(key)) for key in ("runner", "model")}
+        found = [f"{key} {was} -> {now}" for key, (was, now) in pairs.items() if was != now]
+        if found:
+            changes[name] = found
+    for name in old_services:
+        if name not in new_services:
+            changes[name] = ["removed"]
+    return changes
+
+
+def _now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)

@@ -1,0 +1,98 @@
+"""What machines have: processors, memory and GPUs, as the inventory writes them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from labdeploy.schema import Int, ListOf, Mib, OneOf, Record, Size, Text, setting
+
+Vendor = Literal["nvidia", "amd", "intel", "software"]
+Backend = Literal["cuda", "rocm", "vulkan"]
+
+_VENDOR_BY_NAME: tuple[tuple[str, Vendor], ...] = (
+    (r"llvmpipe|lavapipe|software", "software"),
+    (r"intel|\barc\b|battlemage|data center gpu", "intel"),
+    (r"amd|radeon|\brx ?\d|instinct|\bmi\d", "amd"),
+    (r"nvidia|geforce|\b(rtx|gtx|quadro|tesla|titan)\b|\b(gh|gb|[abhlptv])\d{1,3}[a-z]?\b", "nvidia"),
+)
+_BACKEND_BY_VENDOR: dict[Vendor, Backend] = {
+    "nvidia": "cuda",
+    "amd": "vulkan",  # needs no ROCm stack on the host; `backend: rocm` asks for it
+    "intel": "vulkan",
+    "software": "vulkan",
+}
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """The processor of a machine."""
+
+    cores: int = setting(Int(1, 4096), "physical cores, all sockets together")
+    threads: int | None = setting(Int(1, 8192), "hardware threads; default: as many as cores", default=None)
+    performance_cores: int | None = setting(
+        Int(1, 4096), "fast cores of a hybrid processor (Intel P-cores); default: all cores", default=None
+    )
+    features: tuple[str, ...] = setting(
+        ListOf(Text("a CPU flag", r"[a-z0-9_]+")),
+        "flags of /proc/cpuinfo that matter: avx2, avx512f, asimddp, i8mm",
+        default=("avx2",),
+    )
+
+    @property
+    def compute_cores(self) -> int:
+        """Cores that token generation should use: the slow ones of a hybrid only hold the fast ones up."""
+        return min(self.performance_cores or self.cores, self.cores)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU of a machine, in the order the driver lists them (by PCI bus)."""
+
+    name: str = setting(Text("a GPU name"), "as people call it: `RTX 3090`")
+    vram: Mib = setting(Size(), "its own memory")
+    vendor: Vendor | None = setting(
+        OneOf(("nvidia", "amd", "intel", "software")), "whose driver; default: told by the name", default=None
+    )
+    backend: Backend | None = setting(
+        OneOf(("cuda", "rocm", "vulkan")),
+        "what llama-server computes with; default: cuda for nvidia, else vulkan",
+        default=None,
+    )
+    uuid: str | None = setting(
+        Text("a GPU UUID", r"GPU-[0-9a-fA-F-]+"), "`nvidia-smi -L` shows it; stable across reboots", default=None
+    )
+    compute_capability: str | None = setting(
+        Text("a compute capability such as 8.6", r"\d{1,2}\.\d"), "of an NVIDIA GPU", default=None
+    )
+
+    @property
+    def maker(self) -> Vendor:
+        """The vendor: as written, else told by the name, else NVIDIA."""
+        by_name = (vendor for pattern, vendor in _VENDOR_BY_NAME if re.search(pattern, self.name, re.IGNORECASE))
+        return self.vendor or next(by_name, None) or "nvidia"
+
+    @property
+    def api(self) -> Backend:
+        """The backend that llama-server uses on it."""
+        return self.backend or _BACKEND_BY_VENDOR[self.maker]
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a machine has."""
+
+    cpu: Cpu = setting(Record(Cpu), "the processor")
+    ram: Mib = setting(Size(), "main memory")
+    gpus: tuple[Gpu, ...] = setting(ListOf(Record(Gpu)), "GPUs in the order the driver lists them", default=())
+
+
+@dataclass(frozen=True)
+class Reserve:
+    """Memory that plans leave alone, for the system and everything labdeploy does not run."""
+
+    ram: Mib = setting(Size(), "main memory kept free for the system", default=Mib(1024))
+    vram: Mib = setting(
+        Size(), "memory of each GPU kept free for its desktop and for growth at run time", default=Mib(512)
+    )

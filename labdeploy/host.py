@@ -1,0 +1,335 @@
+"""The only door to hosts: Fabric for configuration, jump hosts and authentication, one raw channel for the program."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import http.client as http_client
+import io
+import shlex
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import paramiko
+from fabric import Config, Connection
+from paramiko.hostkeys import HostKeyEntry
+
+from labdeploy.errors import HostError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Self
+
+    from labdeploy.inventory import Host
+
+CONNECT_S = 10
+AUTH_S = 20
+CHANNEL_S = 20  # paramiko's own default is an hour
+KEEPALIVE_S = 15
+ANSWER_S = 60  # a question that changes nothing
+SYSTEM_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the program's answer: its kind and its fields."""
+
+    kind: str
+    fields: tuple[str, ...]
+
+    def field(self, index: int) -> str:
+        """Give a field, or nothing where the line has fewer."""
+        return self.fields[index] if index < len(self.fields) else ""
+
+
+@functools.cache
+def program() -> bytes:
+    """Read the program that runs on hosts."""
+    return (Path(__file__).parent / "apply.sh").read_bytes()
+
+
+class HostConnection:
+    """One SSH connection to one host. Use it as a context manager; it raises HostError for all that can go wrong."""
+
+    def __init__(self, host: Host, folder: Path) -> None:
+        self._host = host
+        self._folder = folder
+        self._connection: Any = None
+
+    @property
+    def name(self) -> str:
+        """The host's name in the inventory."""
+        return self._host.name
+
+    def __enter__(self) -> Self:
+        host, ssh = self._host, self._host.ssh
+        self._connection = Connection(
+            host.address,
+            user=ssh.user,
+            port=ssh.port,
+            config=Config(overrides={"load_ssh_configs": True}),
+            connect_timeout=CONNECT_S,
+            connect_kwargs=self._connect_kwargs(),
+        )
+        try:
+            self._trust_known_keys()
+            self._connection.open()
+            self._connection.transport.set_keepalive(KEEPALIVE_S)
+        except Exception as error:
+            self.__exit__()
+            raise self._translated(error) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(Exception):
+            self._connection.close()
+
+    def run(
+        self,
+        verb: str,
+        *args: str,
+        payload: bytes = b"",
+        on_line: Callable[[Line], None] | None = None,
+        timeout_s: float = ANSWER_S,
+    ) -> list[Line]:
+        """Run the program on the host and give its answer; `on_line` sees each line as it arrives.
+
+        One exec: the program and the payload travel on its standard input. Raises HostError when the connection
+        breaks or sudo wants a password.
+        """
+        lines: list[Line] = []
+        with self._channel(_bootstrap(verb, *args), timeout_s) as channel:
+            with contextlib.suppress(OSError):  # the program may answer and end without reading all of it
+                channel.sendall(program() + payload)
+                channel.shutdown_write()
+            for text in self._lines(channel):
+                kind, *fields = text.split("\t")
+                lines.append(Line(kind, tuple(fields)))
+                if on_line:
+                    on_line(lines[-1])
+            self._check_end(channel, answered=bool(lines))
+        return lines
+
+    def stream(self, argv: list[str]) -> Iterator[str]:
+        """Run a command as root and give its lines as they come, for as long as it runs."""
+        with self._channel(_as_root(shlex.join(argv)), None) as channel:
+            yield from self._lines(channel)
+            self._check_end(channel, answered=channel.recv_exit_status() == 0)
+
+    def read_file(self, path: str, offset: int, n: int) -> bytes:
+        """Read up to `n` bytes of a file on the host, for headers of models that are too big to copy."""
+        quoted = shlex.quote(path)
+        with self._channel(_as_root(f"tail -c +{offset + 1} {quoted} | head -c {n}"), ANSWER_S) as channel:
+            return b"".join(iter(lambda: channel.recv(1 << 20), b""))
+
+    def file_size(self, path: str) -> int:
+        """Give the size of a file on the host."""
+        with self._channel(_as_root(f"stat -Lc %s {shlex.quote(path)}"), ANSWER_S) as channel:
+            said = b"".join(iter(lambda: channel.recv(1024), b"")).decode().strip()
+            self._check_end(channel, answered=said.isdigit())
+            return int(said)
+
+    def http(self, address: str, port: int, timeout_s: float) -> http_client.HTTPConnection:
+        """Give an HTTP connection to a port of the host, through this SSH connection."""
+        try:
+            channel = self._connection.transport.open_channel(
+                "direct-tcpip", (address, port), ("127.0.0.1", 0), timeout=CHANNEL_S
+            )
+        except paramiko.ChannelException as error:
+            what = f"cannot reach {address}:{port} from the host: {error.text}"
+            raise HostError(what, where=self._host.name) from error
+        channel.settimeout(timeout_s)
+        connection = http_client.HTTPConnection(address, port, timeout=timeout_s)
+        connection.sock = _ChannelSocket(channel)
+        return connection
+
+    # --- connecting ---------------------------------------------------------------------------------------------
+
+    def _connect_kwargs(self) -> dict[str, Any]:
+        kwargs: dict[str, Any] = {
+            "banner_timeout": CONNECT_S,
+            "auth_timeout": AUTH_S,
+            "channel_timeout": CHANNEL_S,
+            "transport_factory": _without_delay,
+        }
+        if self._host.ssh.key:  # only this key: an agent full of others runs into the server's limit of attempts
+            key = self._file(self._host.ssh.key)
+            if not key.is_file():
+                raise HostError(f"SSH key {key} does not exist", where=self._host.name)
+            kwargs |= {"key_filename": str(key), "look_for_keys": False, "allow_agent": False}
+        return kwargs
+
+    def _file(self, name: str) -> Path:
+        return self._folder / Path(name).expanduser()
+
+    def _known_hosts_files(self) -> list[Path]:
+        if self._host.ssh.known_hosts:
+            return [self._file(self._host.ssh.known_hosts)]
+        return [Path("~/.ssh/known_hosts").expanduser(), SYSTEM_KNOWN_HOSTS]
+
+    def _trust_known_keys(self) -> None:
+        """Load the keys known for this host and refuse all others; Fabric alone would accept any key."""
+        client, name = self._connection.client, self._key_name()
+        client.set_missing_host_key_policy(paramiko.RejectPolicy())
+        for file in self._known_hosts_files():
+            for key in _known_keys(file, name):
+                client.get_host_keys().add(name, key.get_name(), key)
+
+    def _key_name(self) -> str:
+        """Give the name under which known_hosts lists this host."""
+        address, port = self._connection.host, self._connection.port
+        return address if port == paramiko.config.SSH_PORT else f"[{address}]:{port}"
+
+    # --- talking ------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _channel(self, command: str, timeout_s: float | None) -> Iterator[paramiko.Channel]:
+        try:
+            channel = self._connection.transport.open_session(timeout=CHANNEL_S)
+            channel.settimeout(timeout_s)
+            channel.exec_command(command)
+            with contextlib.closing(channel):
+                yield channel
+        except TimeoutError as error:
+            raise HostError(f"no answer for {timeout_s:.0f} s", where=self._host.name) from error
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            raise self._translated(error) from error
+
+    def _lines(self, channel: paramiko.Channel) -> Iterator[str]:
+        rest = b""
+        while data := channel.recv(65536):
+            *lines, rest = (rest + data).split(b"\n")
+            yield from (line.decode(errors="replace") for line in lines)
+        if rest:
+            yield rest.decode(errors="replace")
+
+    def _check_end(self, channel: paramiko.Channel, *, answered: bool) -> None:
+        """Tell why a program ended without an answer: sudo, a missing shell, a lost connection."""
+        if answered:
+            return
+        said = b"".join(iter(lambda: channel.recv_stderr(65536), b"")).decode(errors="replace").strip()
+        if "sudo" in said:
+            user = self._connection.user
+            raise HostError(
+                f"sudo refused: {said.splitlines()[-1]}",
+                where=self._host.name,
+                hint=f"echo '{user} ALL=(root) NOPASSWD: ALL' | sudo tee /etc/sudoers.d/labdeploy  (on the host)",
+            )
+        status = channel.recv_exit_status()
+        what = "the connection was lost" if status < 0 else f"the command failed with exit status {status}"
+        raise HostError(f"{what}: {said}" if said else what, where=self._host.name)
+
+    def _translated(self, error: BaseException) -> HostError:
+        """Say in plain words why a host cannot be used, with a command to type."""
+        if isinstance(error, HostError):
+            return error
+        address, port = self._connection.host, self._connection.port
+        where, user = self._host.name, self._connection.user
+        known_hosts = self._known_hosts_files()[0]
+        if isinstance(error, paramiko.BadHostKeyException):
+            return HostError(
+                f"{address} shows another host key ({_fingerprint(error.key)}) than the known one "
+                f"({_fingerprint(error.expected_key)}); somebody may be in between",
+                where=where,
+                hint=f"ssh-keygen -R '{self._key_name()}' -f {known_hosts}  (only if you know why it changed)",
+            )
+        if isinstance(error, paramiko.AuthenticationException):
+            key = f" with key {self._file(self._host.ssh.key)}" if self._host.ssh.key else ""
+            return HostError(
+                f"{user}@{address} refused the login{key}", where=where, hint=f"ssh-copy-id -p {port} {user}@{address}"
+            )
+        if isinstance(error, paramiko.SSHException) and "not found in known_hosts" in str(error):
+            return HostError(
+                f"the host key of {address} is unknown",
+                where=where,
+                hint=f"ssh-keyscan -p {port} {address} >> {known_hosts}  (then compare: ssh-keygen -lf {known_hosts})",
+            )
+        if isinstance(error, TimeoutError):
+            return HostError(f"{address}:{port} does not answer within {CONNECT_S} s", where=where)
+        said = str(error).strip() or type(error).__name__
+        return HostError(f"{address}:{port}: {said}", where=where, hint=f"ssh -p {port} {user}@{address} true")
+
+
+class _ChannelBytes(io.RawIOBase):
+    """A channel's bytes as a raw stream, so that a buffered reader can stand on it."""
+
+    def __init__(self, channel: paramiko.Channel) -> None:
+        super().__init__()
+        self._channel = channel
+
+    def readable(self) -> bool:
+        """Say that it can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:  # noqa: ANN401 (any writable buffer)
+        """Read what is there into a buffer."""
+        data = self._channel.recv(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+class _ChannelSocket:
+    """What http.client asks of a socket, on a channel."""
+
+    def __init__(self, channel: paramiko.Channel) -> None:
+        self._channel = channel
+        self.sendall = channel.sendall
+        self.close = channel.close
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        """Give the stream that answers are read from."""
+        return io.BufferedReader(_ChannelBytes(self._channel))
+
+
+def _without_delay(sock: socket.socket, **kwargs: Any) -> paramiko.Transport:  # noqa: ANN401
+    """Make a transport that sends small packets at once: connect and login take 22 ms instead of 64 (loopback)."""
+    with contextlib.suppress(OSError, AttributeError):  # a jump host's channel is no TCP socket
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return paramiko.Transport(sock, **kwargs)
+
+
+def _known_keys(file: Path, name: str) -> list[paramiko.PKey]:
+    """Give the keys a known_hosts file lists for a name, line by line: one odd line must not hide the rest."""
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found, revoked = [], []
+    for text in lines:
+        marker, _, rest = text.partition(" ") if text.startswith("@") else ("", "", text)
+        try:
+            entry = HostKeyEntry.from_line(rest)
+        except Exception:  # noqa: BLE001, S112 (an unreadable line vouches for nobody)
+            continue
+        if entry is None or entry.key is None or not _names(entry, name):
+            continue
+        if marker == "@revoked":
+            revoked.append(entry.key)
+        elif not marker:
+            found.append(entry.key)
+    return [key for key in found if key not in revoked]
+
+
+def _names(entry: HostKeyEntry, name: str) -> bool:
+    """Tell whether a known_hosts entry is for a name; paramiko matches plain, hashed and wildcard forms."""
+    keys = paramiko.HostKeys()
+    keys._entries.append(entry)  # type: ignore[attr-defined]  # noqa: SLF001 (the public way in is a whole file)
+    return keys.lookup(name) is not None
+
+
+def _fingerprint(key: paramiko.PKey) -> str:
+    return str(key.fingerprint)
+
+
+def _as_root(command: str) -> str:
+    """Write a command for the host's login shell, whichever it is: as root, through sudo where need be."""
+    inner = f'[ "$(id -u)" = 0 ] || S="sudo -n"; exec ${{S-}} /bin/sh -c {shlex.quote(command)}'
+    return f"exec /bin/sh -c {shlex.quote(inner)}"
+
+
+def _bootstrap(verb: str, *args: str) -> str:
+    """Write the command that reads the program from standard input and runs one of its verbs."""
+    start = f'PROGRAM=$(head -c {len(program())}) && eval "$PROGRAM"'
+    return _as_root(f"set -- {shlex.join((verb, *args))}; {start}")

@@ -1,0 +1,368 @@
+"""The inventory: what people write about their machines, models and services, read into frozen dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from labdeploy.errors import InventoryError
+from labdeploy.hardware import Hardware, Reserve
+from labdeploy.runners import RUNNERS
+from labdeploy.schema import (
+    AbsolutePath,
+    EnvName,
+    Flags,
+    Hostname,
+    InventoryProblemsError,
+    IpAddress,
+    ListOf,
+    LocalPath,
+    Login,
+    MapOf,
+    ModelPath,
+    Name,
+    OneOf,
+    Place,
+    Port,
+    Problem,
+    Record,
+    Verbatim,
+    compose,
+    did_you_mean,
+    entries,
+    read_record,
+    record_schema,
+    required,
+    setting,
+    settings_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import yaml
+
+FILE_NAME = "inventory.yaml"
+ENV_NAME = "LABDEPLOY_INVENTORY"
+Purpose = Literal["experiment", "service", "throughput"]
+
+
+@dataclass(frozen=True)
+class Ssh:
+    """How a host is reached. What is not written comes from your own SSH configuration."""
+
+    user: str | None = setting(Login, "login name on the host", default=None)
+    port: int | None = setting(Port, "port of its SSH server", default=None)
+    key: str | None = setting(LocalPath, "private key file, relative to the inventory", default=None)
+    known_hosts: str | None = setting(
+        LocalPath, "file of known host keys, relative to the inventory; default: your own", default=None
+    )
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What holds for every host that does not say otherwise."""
+
+    models_dir: str = setting(AbsolutePath, "folder on each host that holds the models", default="/srv/models")
+    ssh: Ssh = setting(Record(Ssh), "how hosts are reached", default=Ssh())
+    reserve: Reserve = setting(Record(Reserve), "memory that plans leave alone", default=Reserve())
+    runners: Mapping[str, str] = setting(MapOf(Name, AbsolutePath), "where each runner's program is", default=dict)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model: one GGUF file (or its first split part), or a Hugging Face snapshot folder."""
+
+    path: str = setting(ModelPath, "its place below models_dir on the hosts")
+    local: str | None = setting(
+        LocalPath, "a copy here to read the header from, relative to the inventory", default=None
+    )
+
+
+@dataclass(frozen=True)
+class ServiceKeys:
+    """One runner serving one model on one host: one systemd unit. Keys that every runner knows."""
+
+    model: str = setting(Name, "a name under models")
+    port: int = setting(Port, "TCP port to serve on")
+    runner: str = setting(OneOf((*RUNNERS, "auto")), "which program serves; auto decides by purpose", default="auto")
+    purpose: Purpose = setting(
+        OneOf(("experiment", "service", "throughput")), "what it is for, where runner is auto", default="service"
+    )
+    bind: str = setting(IpAddress(), "address to listen on", default="127.0.0.1")
+    api_key_file: str | None = setting(
+        AbsolutePath, "file on the host that holds the API key; only root need be able to read it", default=None
+    )
+    flags: tuple[str, ...] = setting(Flags(), "more flags for the runner, passed as they are", default=())
+    env: Mapping[str, str] = setting(
+        MapOf(EnvName, Verbatim()), "more environment variables, passed as they are", default=dict
+    )
+
+
+@dataclass(frozen=True)
+class Service(ServiceKeys):
+    """A service with its name and the settings of its runner (None where the runner is still to be chosen)."""
+
+    name: str = ""
+    settings: Any = None
+
+
+@dataclass(frozen=True)
+class ServiceKind:
+    """Reads a service: the common keys plus those of its runner."""
+
+    def read(self, node: yaml.Node, place: Place) -> Service | None:
+        """Return the service, or None where anything in it was wrong."""
+        before, known = len(place.problems), settings_of(ServiceKeys)
+        values: dict[str, Any] = {}
+        rest: list[tuple[yaml.ScalarNode, yaml.Node]] = []
+        for key, value in entries(node, place):
+            if key.value in known:
+                values[key.value] = known[key.value].metadata["kind"].read(value, place.key(key.value))
+            else:
+                rest.append((key, value))
+        for name, declared in known.items():
+            if required(declared) and name not in values:
+                place.problem(node, f"{name} is missing: {declared.metadata['doc']}")
+        settings = self._runner_settings(values.get("runner", "auto"), rest, place)
+        return None if len(place.problems) > before else Service(**values, settings=settings)
+
+    def _runner_settings(self, runner: str | None, rest: list[tuple[yaml.ScalarNode, yaml.Node]], place: Place) -> Any:  # noqa: ANN401
+        """Read the keys that belong to the runner; a key of another runner is an unknown one here."""
+        kind = RUNNERS[runner].settings if runner in RUNNERS else None
+        known = settings_of(kind) if kind else {}
+        values = {}
+        for key, value in rest:
+            if key.value in known:
+                values[key.value] = known[key.value].metadata["kind"].read(value, place.key(key.value))
+            elif runner is not None:
+                place.key(key.value).problem(key, self._unknown(key.value, runner, known))
+        return kind(**values) if kind else None
+
+    def _unknown(self, key: str, runner: str, known: Mapping[str, Any]) -> str:
+        owners = [name for name, other in RUNNERS.items() if key in settings_of(other.settings)]
+        if owners and runner == "auto":
+            return f"is a setting of {owners[0]}; write runner: {owners[0]} to tune it"
+        if owners:
+            return f"is a setting of {owners[0]}, not of {runner}"
+        return f"unknown key{did_you_mean(key, [*settings_of(ServiceKeys), *known])}"
+
+    def json_schema(self) -> dict[str, Any]:
+        """Describe a service: common keys always, a runner's own keys where that runner is named."""
+        common = record_schema(ServiceKeys)
+        everything: dict[str, Any] = {key: {} for runner in RUNNERS.values() for key in settings_of(runner.settings)}
+        return {
+            "type": "object",
+            "required": common["required"],
+            "properties": common["properties"] | {k: v for k, v in everything.items() if k not in common["properties"]},
+            "additionalProperties": False,
+            "allOf": [
+                {
+                    "if": {"properties": {"runner": {"const": name}}, "required": ["runner"]},
+                    "then": {"properties": record_schema(runner.settings)["properties"]},
+                }
+                for name, runner in RUNNERS.items()
+            ],
+        }
+
+    def words(self) -> str:
+        """Point at the table of its keys."""
+        return "see [Service](#service)"
+
+
+@dataclass(frozen=True)
+class Host:
+    """A machine."""
+
+    hardware: Hardware = setting(Record(Hardware), "what it has")
+    address: str | None = setting(Hostname, "host name or IP address; default: the host's own name", default=None)
+    ssh: Ssh = setting(Record(Ssh), "how it is reached", default=Ssh())
+    reserve: Reserve | None = setting(Record(Reserve), "memory that plans leave alone", default=None)
+    models_dir: str | None = setting(AbsolutePath, "folder that holds its models", default=None)
+    runners: Mapping[str, str] = setting(MapOf(Name, AbsolutePath), "where each runner's program is", default=dict)
+    services: Mapping[str, Service] = setting(MapOf(Name, ServiceKind()), "what it shall serve", default=dict)
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class InventoryKeys:
+    """The whole file."""
+
+    hosts: Mapping[str, Host] = setting(MapOf(Name, Record(Host)), "the machines")
+    models: Mapping[str, Model] = setting(MapOf(Name, Record(Model)), "the models they serve", default=dict)
+    groups: Mapping[str, tuple[str, ...]] = setting(
+        MapOf(Name, ListOf(Name)), "names for several hosts at once", default=dict
+    )
+    defaults: Defaults = setting(Record(Defaults), "what holds for every host", default=Defaults())
+
+
+@dataclass(frozen=True)
+class Inventory(InventoryKeys):
+    """A checked inventory; every host has its name, address, SSH settings, reserve and models folder filled in."""
+
+    path: Path = field(default_factory=Path)
+
+    @property
+    def folder(self) -> Path:
+        """Where relative paths of the inventory start."""
+        return self.path.parent
+
+    @property
+    def lock_path(self) -> Path:
+        """Its lock file, beside it."""
+        return self.path.with_name(self.path.stem + ".lock.yaml")
+
+    def select(self, patterns: Iterable[str]) -> list[Host]:
+        """Give the hosts that names, groups and globs mean, in the inventory's order; all of them for no pattern."""
+        wanted: set[str] = set()
+        patterns = list(patterns)
+        for pattern in patterns:
+            found = set(fnmatch.filter(self.hosts, pattern))
+            for group in fnmatch.filter(self.groups, pattern):
+                found |= set(self.groups[group])
+            if not found:
+                near = did_you_mean(pattern, [*self.hosts, *self.groups])
+                raise InventoryError(
+                    f"no host or group is named {pattern!r}{near}",
+                    where=str(self.path),
+                    hint="labdeploy plan  (without a name: every host)",
+                )
+            wanted |= found
+        return [host for name, host in self.hosts.items() if name in wanted or not patterns]
+
+    def host(self, name: str) -> Host:
+        """Give one host by its exact name."""
+        if name not in self.hosts:
+            raise InventoryError(f"no host is named {name!r}{did_you_mean(name, self.hosts)}", where=str(self.path))
+        return self.hosts[name]
+
+
+def find(given: Path | None) -> Path:
+    """Find the inventory: as given, else $LABDEPLOY_INVENTORY, else the nearest inventory.yaml upwards."""
+    if given:
+        return given
+    if named := os.environ.get(ENV_NAME):
+        return Path(named)
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / FILE_NAME).is_file():
+            return folder / FILE_NAME
+    raise InventoryError(
+        f"no {FILE_NAME} in {here} or above it",
+        hint=f"labdeploy -i PATH/{FILE_NAME} ...  (or: labdeploy sandbox up, which writes one)",
+    )
+
+
+def load(path: Path) -> Inventory:
+    """Read and check an inventory; InventoryProblemsError lists everything that is wrong with it at once."""
+    place = Place(path.name, "")
+    root = compose(path)
+    keys = read_record(InventoryKeys, root, place)
+    if keys is not None:
+        _check_across(keys, root, place)
+    if place.problems or keys is None:
+        raise InventoryProblemsError(place.problems, hint=f"labdeploy -i {path} render  (once they are mended)")
+    hosts = {name: _complete(name, host, keys.defaults) for name, host in keys.hosts.items()}
+    return Inventory(hosts=hosts, models=keys.models, groups=keys.groups, defaults=keys.defaults, path=path)
+
+
+def _complete(name: str, host: Host, defaults: Defaults) -> Host:
+    """Fill in what a host leaves to the defaults."""
+    ssh = Ssh(*(getattr(host.ssh, key) or getattr(defaults.ssh, key) for key in settings_of(Ssh)))
+    return dataclasses.replace(
+        host,
+        name=name,
+        address=host.address or name,
+        ssh=ssh,
+        reserve=host.reserve or defaults.reserve,
+        models_dir=host.models_dir or defaults.models_dir,
+        runners={**{n: r.default_binary for n, r in RUNNERS.items()}, **defaults.runners, **host.runners},
+        services={n: dataclasses.replace(service, name=n) for n, service in host.services.items()},
+    )
+
+
+# --- checks that need more than one key --------------------------------------------------------------------------
+
+
+def _check_across(keys: InventoryKeys, root: yaml.Node, place: Place) -> None:
+    """Note what no single key can see: names that point nowhere, ports used twice, flags that a setting owns."""
+    for name, members in keys.groups.items():
+        at = f"groups.{name}"
+        if name in keys.hosts:
+            _note(root, place, at, "is the name of a host too")
+        for member in members:
+            if member not in keys.hosts:
+                _note(root, place, at, f"{member!r} is not a host{did_you_mean(member, keys.hosts)}")
+    _check_runners(keys.defaults.runners, "defaults", root, place)
+    for name, host in keys.hosts.items():
+        _check_runners(host.runners, f"hosts.{name}", root, place)
+        _check_services(name, host, keys, root, place)
+
+
+def _check_runners(runners: Mapping[str, str], at: str, root: yaml.Node, place: Place) -> None:
+    for name in runners:
+        if name not in RUNNERS:
+            _note(root, place, f"{at}.runners.{name}", f"is not a runner{did_you_mean(name, RUNNERS)}")
+
+
+def _check_services(host_name: str, host: Host, keys: InventoryKeys, root: yaml.Node, place: Place) -> None:
+    taken: dict[int, list[tuple[str, str]]] = {}
+    for name, service in host.services.items():
+        at = f"hosts.{host_name}.services.{name}"
+        if service.model not in keys.models:
+            what = f"{service.model!r} is not under models{did_you_mean(service.model, keys.models)}"
+            _note(root, place, f"{at}.model", what)
+        for other, bind in taken.get(service.port, []):
+            if _overlap(bind, service.bind):
+                _note(root, place, f"{at}.port", f"{service.port} is already the port of {other} on this host")
+        taken.setdefault(service.port, []).append((name, service.bind))
+        for flag, key in _owned_flags(service):
+            _note(root, place, f"{at}.flags", f"{flag} is set by the plan; {key}")
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Tell whether two listen addresses collide on the same port; a wildcard takes them all."""
+    wildcards = {"0.0.0.0", "::"}  # noqa: S104 (a comparison, not a bind)
+    return one == other or bool({one, other} & wildcards)
+
+
+def _owned_flags(service: Service) -> list[tuple[str, str]]:
+    """List the flags of a service that the plan sets itself, each with what to write instead."""
+    if service.runner not in RUNNERS:
+        return []
+    owned = RUNNERS[service.runner].owned_flags
+    words = [word.split("=")[0].replace("_", "-") for word in service.flags if word.startswith("-")]
+    return [(word, owned[word]) for word in words if word in owned]
+
+
+def _note(root: yaml.Node, place: Place, path: str, what: str) -> None:
+    """Note a problem at a dotted path, at the line of the deepest part of it that the file has."""
+    place.problems.append(Problem(place.file, _line(root, path.split(".")), path, what))
+
+
+def _line(node: yaml.Node, path: list[str]) -> int:
+    import yaml  # noqa: PLC0415
+
+    line = int(node.start_mark.line) + 1
+    for length in range(1, len(path) + 1):  # a name may hold dots, so the longest key that matches is taken
+        if not isinstance(node, yaml.MappingNode):
+            break
+        name = ".".join(path[:length])
+        for key, value in node.value:
+            if key.value == name:
+                below = _line(value, path[length:]) if path[length:] else 0
+                return max(int(key.start_mark.line) + 1, below)
+    return line
+
+
+def json_schema() -> dict[str, Any]:
+    """Describe inventory.yaml as a JSON Schema, for editors; generated from the same declarations that read it."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "labdeploy inventory",
+        **record_schema(InventoryKeys),
+    }

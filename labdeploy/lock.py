@@ -1,0 +1,46 @@
+"""The lock: what machines and model files reported, kept in text beside the inventory so that plans need no host.
+
+    models:
+      qwen: {format: gguf, size_bytes: ..., metadata: {...}, tensors: [...]}
+
+Written by `inspect --add` (and later `probe`), never by hand.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from labdeploy.errors import InventoryError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+_HEAD = "# Written by labdeploy from what machines and model files report. Commit it; do not edit it.\n"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a lock file; a missing one is an empty one."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)  # noqa: S506 (it is a safe loader)
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        what = f"cannot be read: {' '.join(str(error).split())}"
+        raise InventoryError(what, where=str(path), hint=f"git checkout -- {path}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("models", {}), dict):
+        raise InventoryError("is not a lock file: no mapping of models in it", where=str(path))
+    return content
+
+
+def add_model(path: Path, name: str, entry: dict[str, Any]) -> None:
+    """Put one model's facts into the lock, replacing what was known of it, in one rename."""
+    content = read(path)
+    content["models"] = dict(sorted({**content.get("models", {}), name: entry}.items()))
+    text = _HEAD + yaml.dump(content, Dumper=_DUMPER, sort_keys=False, width=110, allow_unicode=True)
+    fresh = path.with_name(path.name + ".tmp")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)

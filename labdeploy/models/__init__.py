@@ -1,0 +1,1 @@
+"""Model files: headers in, one shape out."""

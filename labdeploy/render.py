@@ -1,0 +1,223 @@
+"""Plans to files, byte for byte: Jinja templates, and the only places where a value is written into a unit."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import (
+    ChoiceLoader,
+    Environment,
+    FileSystemLoader,
+    StrictUndefined,
+    TemplateError,
+    TemplateNotFound,
+)
+
+from labdeploy import plan as planning
+from labdeploy.errors import InventoryError, LabdeployError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from labdeploy.plan import HostPlan
+    from labdeploy.runners.base import GpuBudget, Memory, ServicePlan
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+class Escaped(str):
+    """Text that is safe to stand in a unit as it is."""
+
+    __slots__ = ()
+
+
+# --- escaping: nothing else writes into a unit --------------------------------------------------------------------
+
+
+def plain(value: object) -> Escaped:
+    """Write the value of a plain setting: `%` doubled, never quoted; one line, no trailing backslash."""
+    text = str(value)
+    if isinstance(value, Escaped):
+        return value
+    if _CONTROL.search(text) or text.endswith("\\"):
+        raise LabdeployError(f"{text!r} cannot be written as a unit setting")
+    return Escaped(text.replace("%", "%%"))
+
+
+def word(text: str) -> Escaped:
+    r"""Write one word of a command line: `\ " % $` escaped, quoted where systemd would split or read it."""
+    return Escaped(_quoted(text).replace("$", "$$"))
+
+
+def words(argv: Iterable[str]) -> Escaped:
+    """Write a command line, one flag with its value to a line."""
+    lines: list[list[str]] = [[]]
+    for item in argv:
+        if item.startswith("-") and lines[0]:
+            lines.append([])
+        lines[-1].append(word(item))
+    return Escaped(" \\\n    ".join(" ".join(line) for line in lines))
+
+
+def assignment(pair: tuple[str, str]) -> Escaped:
+    """Write NAME=value for Environment=, where `$` means nothing."""
+    return Escaped(_quoted(f"{pair[0]}={pair[1]}"))
+
+
+def _quoted(text: str) -> str:
+    if _CONTROL.search(text):
+        raise LabdeployError(f"{text!r} cannot be written into a unit: it holds a control character")
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return escaped if re.fullmatch(r"[^\s'\"\\;]+", text) else f'"{escaped}"'
+
+
+# --- what templates say -------------------------------------------------------------------------------------------
+
+
+def _shown(value: Any) -> str:  # noqa: ANN401
+    """Write a setting's value as the inventory would."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ",".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value) or "none"
+    return str(value)
+
+
+def _breakdown(part: Memory) -> str:
+    """Say what a service takes on a device."""
+    kinds = ("model", "context", "compute", "overhead", "repack", "file", "cache")
+    parts = [f"{kind} {getattr(part, kind + '_mib'):.0f}" for kind in kinds if getattr(part, kind + "_mib")]
+    return f"{part.total_mib:.0f} = " + " + ".join(parts or ["0"])
+
+
+def _uses_api(gpus: Iterable[GpuBudget], api: str) -> bool:
+    return any(gpu.gpu.api == api for gpu in gpus)
+
+
+def _device_nodes(gpus: Iterable[GpuBudget]) -> list[str]:
+    """List the device nodes a service may open, by class: a node that appears late is still allowed.
+
+    Names are those of /proc/devices: the NVIDIA driver renamed its class from nvidia-frontend to nvidia in 545.
+    """
+    makers = {gpu.gpu.maker for gpu in gpus}
+    nodes: list[str] = []
+    if "nvidia" in makers:
+        classes = ("nvidia", "nvidiactl", "nvidia-frontend", "nvidia-uvm", "nvidia-caps", "nvidia-modeset")
+        nodes += [f"char-{name}" for name in classes] + ["/dev/dxg"]
+    if makers & {"amd", "intel"} or _uses_api(gpus, "vulkan"):
+        nodes.append("char-drm")
+    if _uses_api(gpus, "rocm"):
+        nodes.append("char-kfd")
+    return nodes
+
+
+def _device_groups(gpus: Iterable[GpuBudget]) -> list[str]:
+    """List the groups that own a GPU's device nodes; NVIDIA's are open to all."""
+    return ["render", "video"] if {gpu.gpu.maker for gpu in gpus} & {"amd", "intel"} else []
+
+
+def _protect_home(service: ServicePlan) -> str:
+    """Hide home folders, but for reading where the model or the program lies in one."""
+    in_home = [p for p in (service.model_path, service.argv[0]) if p.startswith(("/home/", "/root/"))]
+    return "read-only" if in_home else "yes"
+
+
+def _ready_poll(service: ServicePlan) -> tuple[str, ...]:
+    """Wait until the runner says it is ready; give up at once when its process is gone."""
+    url = service.url + service.health.ready_path
+    poll = f"until curl -fs -m 2 -o /dev/null {url}; do kill -0 $MAINPID 2>/dev/null || exit 1; sleep 0.2; done"
+    return ("/bin/sh", "-c", poll)
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def render_host(plan: HostPlan, environment: Environment) -> dict[str, bytes]:
+    """Render every file of a host: path below the host's folder to its bytes.
+
+    `systemd/UNIT` is installed as it is; `services/NAME` is what the program on the host needs to know of a service
+    (how to tell that it serves); `plan.json` is the plan, kept with the generation.
+    """
+    files: dict[str, bytes] = {}
+    for service in plan.services:
+        files[f"systemd/{service.unit}"] = _unit(service, environment).encode()
+        files[f"services/{service.name}"] = _service_facts(service).encode()
+    files["plan.json"] = (json.dumps(planning.to_json(plan), indent=1) + "\n").encode()
+    return files
+
+
+def environment(inventory_folder: Path | None = None) -> Environment:
+    """Give a Jinja environment in which a template beside the inventory overrides ours of the same name."""
+    own = [FileSystemLoader(inventory_folder / "templates")] if inventory_folder else []
+    return _configured(
+        Environment(  # noqa: S701 (units are not HTML; `finalize` escapes every value)
+            loader=ChoiceLoader([*own, FileSystemLoader(_shipped_templates())]),
+            undefined=StrictUndefined,
+            finalize=plain,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
+        )
+    )
+
+
+def _configured(environment: Environment) -> Environment:
+    environment.filters |= {
+        "words": words,
+        "word": word,
+        "assignment": assignment,
+        "shown": _shown,
+        "breakdown": _breakdown,
+        "api": _uses_api,
+        "device_nodes": _device_nodes,
+        "device_groups": _device_groups,
+        "protect_home": _protect_home,
+        "ready_poll": _ready_poll,
+    }
+    return environment
+
+
+@functools.cache
+def _shipped_templates() -> Path:
+    """Find our templates: inside the installed package, or at the top of a checkout."""
+    inside = Path(__file__).parent / "templates"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "templates"
+
+
+def _unit(service: ServicePlan, environment: Environment) -> str:
+    name = f"{service.runner}.service.j2"
+    try:
+        text = environment.get_template(name).render(plan=service)
+    except TemplateNotFound as error:
+        raise InventoryError(f"no template named {error.name}", where=service.name) from None
+    except TemplateError as error:
+        where = f"{getattr(error, 'filename', None) or name}:{getattr(error, 'lineno', '?')}"
+        raise InventoryError(f"template error: {error}", where=where) from None
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _service_facts(service: ServicePlan) -> str:
+    """Write the facts of a service as `key=value` lines; the host program reads them as data, never as code."""
+    health = service.health
+    facts = {
+        "unit": service.unit,
+        "ready": service.url + health.ready_path,
+        "completions": service.url + "/v1/completions",
+        "models": service.url + "/v1/models",
+        "body": json.dumps({"model": health.model, "prompt": "Hello", "max_tokens": 1}),
+        "n_ctx": health.n_ctx or "",
+        "deadline_s": health.deadline_s,
+        "bind": service.bind,
+        "port": service.port,
+        "binary": service.argv[0],
+        "model": service.model_path,
+        "model_bytes": service.model_bytes,
+        "api_key_file": service.api_key_file or "",
+    }
+    for value in map(str, facts.values()):
+        plain(value)  # refuses line breaks
+    return "".join(f"{key}={value}\n" for key, value in facts.items())

@@ -1,0 +1,394 @@
+"""Results as text and JSON. Text reads the same without colour, in a pipe, and in a terminal of 80 columns."""
+
+from __future__ import annotations
+
+import difflib
+import signal
+import sys
+import textwrap
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from labdeploy.deploy import Stop, setting_changes
+from labdeploy.errors import LabdeployError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from types import FrameType
+
+    from labdeploy.check import Report
+    from labdeploy.deploy import Outcome
+    from labdeploy.fleet import Files, History, HostState
+    from labdeploy.generation import Generation
+    from labdeploy.host import Line
+    from labdeploy.plan import HostPlan
+    from labdeploy.runners.base import ServicePlan
+
+WIDTH = 79
+HEARTBEAT_S = 10  # a step that says nothing for longer looks like a hang
+
+
+# --- plan and render ----------------------------------------------------------------------------------------------
+
+
+def plan_text(plan: HostPlan) -> str:
+    """Say what a host's devices hold and why each setting is what it is."""
+    out = [plan.host.name]
+    for i, gpu in enumerate(plan.host.hardware.gpus):
+        reserve = plan.host.reserve.vram if plan.host.reserve else 0
+        out.append(_device_line(f"gpu{i}", gpu.name, plan.planned_mib(f"gpu{i}"), gpu.vram - reserve, gpu.vram))
+    ram = plan.host.hardware.ram
+    out.append(_device_line("ram", "", plan.planned_mib("host"), plan.ram_usable_mib, ram))
+    for service in plan.services:
+        out += _service_lines(service)
+    return "\n".join(out) + "\n\n"
+
+
+def _device_line(device: str, name: str, planned: float, usable: float, total: float) -> str:
+    label = f"{device} {name}".strip()
+    return f"  {label:<26} {planned:>7.0f} of {usable:.0f} MiB planned ({total:.0f} MiB in all)"
+
+
+def _service_lines(service: ServicePlan) -> list[str]:
+    lines = [f"  {service.name}: {service.runner} serves {service.model} on {service.bind} port {service.port}"]
+    for key, choice in service.settings.items():
+        value = ",".join(map(str, choice.value)) or "none" if isinstance(choice.value, tuple) else choice.value
+        lines.append(_wrapped(f"{key:<16} {value}", f"({choice.why})"))
+    for device, part in service.memory.items():
+        lines.append(f"    memory on {device}: {part.total_mib:.0f} MiB")
+    lines += [_wrapped("does not fit:", text) for text in service.shortfall]
+    lines += [_wrapped("would fit with:", text) for text in service.ways_to_fit]
+    lines += [_wrapped("warning:", text) for text in service.warnings]
+    return lines
+
+
+def _wrapped(head: str, text: str) -> str:
+    return textwrap.fill(f"{head} {text}", WIDTH, initial_indent="    ", subsequent_indent="      ")
+
+
+def files_text(host: str, files: Mapping[str, bytes]) -> str:
+    """Print rendered files one after another, each below its path."""
+    return "".join(f"==> {host}/{path} <==\n{data.decode()}\n" for path, data in sorted(files.items()))
+
+
+# --- push and rollback --------------------------------------------------------------------------------------------
+
+
+def outcome_text(outcome: Outcome) -> str:
+    """Say what became of a host: what changed, how long it took, what to know."""
+    lines = [f"  | {service}: {text}" for service, text in outcome.log]
+    changes = setting_changes(outcome.plan_before, outcome.plan_after)
+    told = "; ".join(f"{name} {', '.join(found)}" for name, found in sorted(changes.items()))
+    if outcome.result == "unchanged":
+        lines.append(f"{outcome.host}: no changes")
+    elif outcome.result == "skipped":
+        lines.append(f"{outcome.host}: skipped: {'; '.join(outcome.drift)}; it is as it was")
+    elif outcome.result == "would-change":
+        lines += _fold(f"{outcome.host}: would go to generation {outcome.generation}: {told or 'files only'}")
+        lines += [f"{outcome.host}: {name} would be {s.action}" for name, s in outcome.services.items()]
+        lines += [f"{outcome.host}: changed by hand: {text}" for text in outcome.drift]
+    elif outcome.result == "changed":
+        numbers = f"generation {outcome.generation} (was {outcome.previous})"
+        lines += _fold(f"{outcome.host}: {numbers}: {told or 'files only'}")
+        lines.append(f"{outcome.host}: {_actions(outcome)}, {outcome.seconds:.1f} s in all")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _actions(outcome: Outcome) -> str:
+    done = []
+    for name, service in outcome.services.items():
+        after = f", ready after {service.downtime_s:.1f} s" if service.downtime_s is not None else ""
+        if service.action != "unchanged":
+            done.append(f"{name} {service.action}{after}")
+    return "; ".join(done) or "nothing had to restart"
+
+
+def _fold(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+_STEPS = {
+    "receive": "sending",
+    "verify": "checking files, room and units",
+    "stage": "writing generation",
+    "arm": "preparing the way back",
+    "switch": "installing generation",
+    "started": "starting",
+    "restarted": "restarting",
+    "probe": "asking for one token from",
+    "watch": "watching for seconds:",
+    "back": "going back to generation",
+}
+
+
+class Progress:
+    """What each host is doing: in place on a terminal, else a line when something took long; all on stderr.
+
+    While it is open, the first Ctrl-C stops starting hosts and lets those in flight end; the second one interrupts.
+    """
+
+    def __init__(self, hosts: Sequence[str], *, verbose: bool, quiet: bool) -> None:
+        self.stop = Stop()
+        self.interrupted = False
+        self._steps = dict.fromkeys(hosts, "connecting")
+        self._since = dict.fromkeys(hosts, time.monotonic())
+        self._lock = threading.Lock()
+        self._verbose = verbose
+        self._live: Any = None
+        self._fancy = sys.stderr.isatty() and not quiet and not verbose
+        self._ended = threading.Event()
+        self._beat = threading.Thread(target=self._heartbeat, daemon=True)
+        self._before: Any = None
+
+    def __enter__(self) -> Progress:  # noqa: PYI034 (typing.Self would say no more here)
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._interrupt)
+        if self._fancy:
+            from rich.console import Console  # noqa: PLC0415
+            from rich.live import Live  # noqa: PLC0415
+
+            console = Console(stderr=True)
+            self._live = Live(console=console, get_renderable=self._table, refresh_per_second=8, transient=True)
+            self._live.start()
+        else:
+            self._beat.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._live:
+            self._live.stop()
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def line(self, host: str, line: Line) -> None:
+        """Take note of a line the host said."""
+        if line.kind != "step":
+            return
+        words = [_STEPS.get(line.field(0), line.field(0)), line.field(1)]
+        self._step(host, " ".join(word for word in words if word))
+
+    def done(self, outcome: Outcome) -> None:
+        """Take note that a host is done."""
+        with self._lock:
+            self._steps.pop(outcome.host, None)
+
+    def _step(self, host: str, text: str) -> None:
+        with self._lock:
+            self._steps[host], self._since[host] = text, time.monotonic()
+        if self._verbose:
+            print(f"{host}: {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+    def _interrupt(self, _signal: int, _frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        self.stop.set()
+        print("interrupted: hosts in flight finish, no other is started", file=sys.stderr)  # noqa: T201
+
+    def _heartbeat(self) -> None:
+        while not self._ended.wait(HEARTBEAT_S):
+            with self._lock:
+                busy = [f"{h}: {text}, {time.monotonic() - self._since[h]:.0f} s" for h, text in self._steps.items()]
+            for text in busy:
+                print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+    def _table(self) -> Any:  # noqa: ANN401
+        from rich.text import Text  # noqa: PLC0415
+
+        with self._lock:
+            rows = [f"{h}: {text}, {time.monotonic() - self._since[h]:.0f} s" for h, text in self._steps.items()]
+        return Text("\n".join(rows))
+
+
+# --- looking ------------------------------------------------------------------------------------------------------
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Lay out rows below a head, columns as wide as they need, the last one free."""
+    cells = [[str(cell) for cell in row] for row in [head, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def state_json(state: HostState | LabdeployError) -> dict[str, Any]:
+    """Give a host's state as `status --json` reports it."""
+    if isinstance(state, LabdeployError):
+        return {"reachable": False, "error": str(state), "services": {}}
+    return {
+        "reachable": True,
+        "generation": state.generation,
+        "good": state.good,
+        "pending": state.pending,
+        "drift": list(state.drift),
+        "services": {
+            name: {
+                "unit": service.unit,
+                "active": service.active,
+                "sub": service.sub,
+                "healthy": service.healthy,
+                "restarts": service.restarts,
+                "since": service.since,
+                "memory_mib": service.memory_mib,
+                "planned_mib": _planned_ram(state, name),
+            }
+            for name, service in state.services.items()
+        },
+    }
+
+
+def _planned_ram(state: HostState, service: str) -> int | None:
+    memory = state.plan.get("services", {}).get(service, {}).get("memory", {}).get("host", {})
+    return round(sum(memory.values())) if memory else None
+
+
+def state_text(states: Mapping[str, HostState | LabdeployError]) -> str:
+    """Lay out the state of hosts, a row for each service."""
+    rows: list[Sequence[object]] = []
+    notes = []
+    for host, state in states.items():
+        if isinstance(state, LabdeployError):
+            rows.append((host, "-", "unreachable", "-", "-", "-", "-"))
+            continue
+        for name, service in state.services.items():
+            health = "healthy" if service.healthy else "NOT HEALTHY"
+            planned = _planned_ram(state, name)
+            memory = f"{service.memory_mib if service.memory_mib is not None else '?'}/{planned or '?'}"
+            row = (host, state.generation, name, service.active, health, service.restarts, memory)
+            rows.append(row)
+        if not state.services:
+            rows.append((host, state.generation, "no services", "-", "-", "-", "-"))
+        if state.pending:
+            notes.append(f"{host}: a push is not confirmed yet, or was cut off")
+        notes += [f"{host}: changed by hand: {text}" for text in state.drift]
+    head = ("HOST", "GEN", "SERVICE", "STATE", "HEALTH", "RESTARTS", "RAM MIB/PLAN")
+    return table(head, rows) + "".join(f"{note}\n" for note in notes)
+
+
+def history_json(found: History | LabdeployError) -> dict[str, Any]:
+    """Give a host's history as `history --json` reports it."""
+    if isinstance(found, LabdeployError):
+        return {"reachable": False, "error": str(found), "generations": []}
+    return {
+        "current": found.current,
+        "good": found.good,
+        "generations": [
+            {
+                "number": number,
+                "push_id": manifest["push_id"],
+                "at": manifest["at"],
+                "by": manifest["by"],
+                "changed": _changed(found, number),
+                "state": found.state_of(number),
+            }
+            for number, manifest in sorted(found.manifests.items())
+        ],
+        "journal": [
+            {
+                "event": e.event,
+                "push_id": e.push_id,
+                "by": e.by,
+                "at": e.at,
+                "from": e.from_,
+                "to": e.to,
+                "changed": list(e.changed),
+                "result": e.result,
+            }
+            for e in found.journal
+        ],
+    }
+
+
+def _changed(found: History, number: int) -> list[str]:
+    """List the services that the push of a generation changed; also where it was undone."""
+    first = next((e for e in found.journal if number in (e.from_, e.to) and e.push_id == _push_id(found, number)), None)
+    return list(first.changed) if first else []
+
+
+def _push_id(found: History, number: int) -> str:
+    return str(found.manifests.get(number, {}).get("push_id", ""))
+
+
+def history_text(histories: Mapping[str, History | LabdeployError]) -> str:
+    """Lay out the generations of hosts, newest first."""
+    rows: list[Sequence[object]] = []
+    for host, found in histories.items():
+        if isinstance(found, LabdeployError):
+            continue
+        for item in reversed(history_json(found)["generations"]):
+            mark = "*" if item["number"] == found.current else " "
+            what = ", ".join(item["changed"]) or "-"
+            rows.append((host, f"{mark}{item['number']}", item["at"][:16], item["by"], item["state"], what))
+        if not found.manifests:
+            rows.append((host, " -", "-", "-", "nothing was pushed yet", "-"))
+    return table(("HOST", " GEN", "WHEN (UTC)", "WHO", "STATE", "CHANGED"), rows)
+
+
+def diffs(generation: Generation, files: Files) -> dict[str, Any]:
+    """Compare rendered units with deployed ones, and deployed ones with what is on disk."""
+    rendered = {path: data for path, data in generation.files.items() if path.startswith("systemd/")}
+    return {
+        "generation": files.current,
+        "pending": _unified(files.deployed, rendered, "deployed", "rendered"),
+        "drift": _unified(files.deployed, files.installed, "deployed", "on disk")
+        + "".join(f"{text}\n" for text in files.drift if text.startswith("drop-in ")),
+    }
+
+
+def _unified(old: Mapping[str, bytes], new: Mapping[str, bytes], old_name: str, new_name: str) -> str:
+    out: list[str] = []
+    for path in sorted({*old, *new}):
+        before = old.get(path, b"").decode(errors="replace").splitlines(keepends=True)
+        after = new.get(path, b"").decode(errors="replace").splitlines(keepends=True)
+        out += difflib.unified_diff(before, after, f"{old_name}/{path}", f"{new_name}/{path}")
+    return "".join(out)
+
+
+def diff_text(found: Mapping[str, dict[str, Any]]) -> str:
+    """Print the differences of hosts."""
+    out = []
+    for host, item in found.items():
+        if item["pending"]:
+            out.append(f"{host}: a push would change generation {item['generation']}:\n{item['pending']}")
+        if item["drift"]:
+            out.append(f"{host}: changed by hand since generation {item['generation']}:\n{item['drift']}")
+        if not item["pending"] and not item["drift"]:
+            out.append(f"{host}: no differences\n")
+    return "".join(out)
+
+
+def check_json(reports: Mapping[str, Report] | LabdeployError) -> dict[str, Any]:
+    """Give the check of a host as `check --json` reports it."""
+    if isinstance(reports, LabdeployError):
+        return {"reachable": False, "error": str(reports), "services": {}}
+    return {"services": {name: _check_json(found) for name, found in reports.items()}}
+
+
+def _check_json(found: Report) -> dict[str, Any]:
+    return {
+        "healthy": found.healthy,
+        "error": found.error,
+        "ttft_ms": {"p50": _rounded(found.ttft_p50_ms), "p95": _rounded(found.ttft_p95_ms)},
+        "decode_tokens_per_s": _rounded(found.decode_tokens_per_s),
+        "regressed": False,
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 1)
+
+
+def check_text(answers: Mapping[str, Any]) -> str:
+    """Lay out the checks of hosts."""
+    rows: list[Sequence[object]] = []
+    for host, reports in answers.items():
+        if isinstance(reports, LabdeployError):
+            rows.append((host, "-", "unreachable", "-", "-", "-"))
+            continue
+        for name, found in reports.items():
+            figures = (found.ttft_p50_ms, found.ttft_p95_ms, found.decode_tokens_per_s)
+            shown = ["-" if figure is None else f"{figure:.1f}" for figure in figures]
+            rows.append((host, name, "healthy" if found.healthy else "NOT HEALTHY", *shown))
+    return table(("HOST", "SERVICE", "HEALTH", "TTFT MS P50", "P95", "TOKENS/S"), rows)

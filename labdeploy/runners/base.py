@@ -1,0 +1,227 @@
+"""What a runner is to labdeploy: settings in, a plan for one service out. Each runner is one module beside this."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from labdeploy.hardware import Gpu
+    from labdeploy.models.model import ModelFacts
+
+SLOW_DISK_MIB_PER_S = 100  # a 7200 rpm SATA disk reads 80-160 MiB/s; a load may not be declared dead before that
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting and why it is so."""
+
+    value: Any
+    why: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one service takes on one device, in MiB; the first three as llama.cpp's memory breakdown names them.
+
+    In main memory only: `repack_mib` is a copy of weights in the CPU's own layout, `file_mib` the pages of the model
+    file that stay in the page cache beside that copy, `cache_mib` what cached prompts may grow to.
+    """
+
+    model_mib: float = 0.0
+    context_mib: float = 0.0
+    compute_mib: float = 0.0
+    overhead_mib: float = 0.0
+    repack_mib: float = 0.0
+    file_mib: float = 0.0
+    cache_mib: float = 0.0
+
+    @property
+    def total_mib(self) -> float:
+        """All of it."""
+        return (
+            self.model_mib
+            + self.context_mib
+            + self.compute_mib
+            + self.overhead_mib
+            + self.repack_mib
+            + self.file_mib
+            + self.cache_mib
+        )
+
+
+@dataclass(frozen=True)
+class GpuBudget:
+    """A GPU and what is still free on it for the service being planned."""
+
+    index: int
+    api_index: int
+    """Its index among the GPUs of its host that the same runtime (CUDA, ROCm, Vulkan) lists."""
+    gpu: Gpu
+    total_mib: int
+    free_mib: float
+
+    @property
+    def id(self) -> str:
+        """Its name in plans: `gpu0`."""
+        return f"gpu{self.index}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a service may take of its host."""
+
+    gpus: tuple[GpuBudget, ...]
+    ram_mib: float
+    threads: int
+    threads_why: str
+    cpu_features: tuple[str, ...]
+    gpu_sharers: int = 1
+    """How many services that size themselves to the GPU (vLLM) still have to share what is free."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One service as asked for: the common keys, the runner's own settings, the model and the files' places."""
+
+    name: str
+    runner: str
+    runner_why: str
+    model: ModelFacts
+    binary: str
+    bind: str
+    port: int
+    settings: Any
+    flags: tuple[str, ...]
+    env: Mapping[str, str]
+    api_key_file: str | None
+
+
+@dataclass(frozen=True)
+class Health:
+    """How to tell that a service serves: where it says it is ready, and the model to ask for one token."""
+
+    ready_path: str
+    model: str
+    deadline_s: int
+    n_ctx: int | None = None
+
+
+@dataclass(frozen=True)
+class ServicePlan:
+    """Everything about one service that its unit is rendered from."""
+
+    name: str
+    runner: str
+    model: str
+    bind: str
+    port: int
+    settings: Mapping[str, Choice]
+    memory: Mapping[str, Memory]
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    gpus: tuple[GpuBudget, ...]
+    health: Health
+    stop_timeout_s: int
+    model_path: str
+    """The file or folder it reads on the host; empty where the runner keeps models in a store of its own."""
+    model_bytes: int
+    api_key_file: str | None = None
+    after: tuple[str, ...] = ()
+    """Units of this host that must be up before it starts."""
+    shortfall: tuple[str, ...] = ()
+    """Why it does not fit, each with the numbers; empty when it fits."""
+    ways_to_fit: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Anything more the runner's template says."""
+
+    @property
+    def unit(self) -> str:
+        """The name of its systemd unit."""
+        return unit_name(self.name)
+
+    @property
+    def url(self) -> str:
+        """Where the host itself reaches it: a wildcard bind is reached over loopback."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.bind)  # noqa: S104 (a comparison, not a bind)
+        host = host or (f"[{self.bind}]" if ":" in self.bind else self.bind)
+        return f"http://{host}:{self.port}"
+
+    @property
+    def memory_max_mib(self) -> int:
+        """The unit's MemoryMax: what the plan counts in main memory, a quarter more, and 256 MiB for the rest."""
+        return math.ceil(self.memory["host"].total_mib * 1.25 + 256)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every device can hold it."""
+        return not self.shortfall
+
+
+def unit_name(service: str) -> str:
+    """Name the systemd unit of a service."""
+    return f"labdeploy-{service}.service"
+
+
+def credential_path(request: Request) -> str:
+    """Give the file in which the service finds its API key: where systemd puts LoadCredential=api-key."""
+    return f"/run/credentials/{unit_name(request.name)}/api-key"
+
+
+class Runner(Protocol):
+    """One program that serves models."""
+
+    @property
+    def name(self) -> str:
+        """What inventories call it."""
+
+    @property
+    def settings(self) -> type:
+        """A dataclass of `schema.setting` fields: the keys its services may have beside the common ones."""
+
+    @property
+    def default_binary(self) -> str:
+        """Where its program is, unless the inventory says otherwise."""
+
+    @property
+    def owned_flags(self) -> Mapping[str, str]:
+        """Flags the plan sets itself, each with the inventory key to write instead."""
+
+    @property
+    def sizes_itself(self) -> bool:
+        """Whether it takes what is left of a GPU (vLLM), so that it is planned after the others."""
+
+    def plan(self, request: Request, budget: Budget) -> ServicePlan:
+        """Choose the settings of a service within a budget, and say what it will take."""
+
+
+def start_timeout_s(model_bytes: int, *, base_s: int) -> int:
+    """Give the seconds a start may take: program start plus reading the model from a slow disk, to full 10 s."""
+    return -(-(base_s + model_bytes // (SLOW_DISK_MIB_PER_S * 1024 * 1024)) // 10) * 10
+
+
+def device_env(gpus: tuple[GpuBudget, ...], host_has_gpus: bool) -> dict[str, str]:
+    """Name the GPUs a process may see, by UUID where known: indices move when a card is added.
+
+    The variables are those of the CUDA, ROCm and ggml Vulkan runtimes. A process that shall see none on a host
+    that has some is told so in each of them.
+    """
+    if not host_has_gpus:
+        return {}
+    if not gpus:
+        return {"CUDA_VISIBLE_DEVICES": "", "ROCR_VISIBLE_DEVICES": "", "GGML_VK_VISIBLE_DEVICES": ""}
+    env: dict[str, str] = {}
+    cuda = [g.gpu.uuid or str(g.api_index) for g in gpus if g.gpu.api == "cuda"]
+    rocm = [str(g.api_index) for g in gpus if g.gpu.api == "rocm"]
+    vulkan = [str(g.api_index) for g in gpus if g.gpu.api == "vulkan"]
+    if cuda:
+        env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(cuda)}
+    if rocm:
+        env["ROCR_VISIBLE_DEVICES"] = ",".join(rocm)
+    if vulkan:
+        env["GGML_VK_VISIBLE_DEVICES"] = ",".join(vulkan)
+    return env

@@ -1,0 +1,479 @@
+"""Ollama: its settings, how they are chosen, and its environment.
+
+Facts are of Ollama 0.33 and hold from 0.30 on, which runs llama.cpp's llama-server for each loaded model and hands
+its own environment down to it: so LLAMA_ARG_* in the unit set what Ollama has no variable for. Before 0.30 they
+do nothing. The memory of a loaded model is therefore llama-server's.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import shlex
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from labdeploy.errors import InventoryError
+from labdeploy.runners.base import (
+    Budget,
+    Choice,
+    GpuBudget,
+    Health,
+    Memory,
+    Request,
+    ServicePlan,
+    device_env,
+    start_timeout_s,
+)
+from labdeploy.runners.llama_memory import LlamaMemorySettings, memory
+from labdeploy.schema import AbsolutePath, Bool, Int, ListOf, Mib, OneOf, Size, Text, setting
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from labdeploy.models.shape import ModelShape
+
+CTX_STEP = 256  # llama.cpp pads the context to this
+LEAST_CTX = 4096  # what Ollama itself falls back to
+CACHE_RAM_DEFAULT_MIB = 8192  # llama-server's own --cache-ram, for each loaded model
+FIT_TARGET_MIB = 256
+PROXY_MIB = 128  # Ollama's own process beside llama-server: an estimate, it holds no tensors
+BASE_START_S = 120  # GPU discovery may take 30 s for each backend and 30 s more, before anything answers
+STOP_S = 15  # it cuts what runs, kills its children and is gone; nothing is drained
+LEAST_LOAD_TIMEOUT_S = 300  # Ollama's own
+KV_TYPES = ("f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+DURATION = r"-1|\d+|(?:\d+(?:ms|s|m|h))+"
+
+# Ollama serves these one request at a time, whatever OLLAMA_NUM_PARALLEL says (server/sched.go).
+ONE_AT_A_TIME = ("mllama", "qwen3vl", "qwen35", "qwen3next", "lfm2", "nemotron_h")
+
+OWNED_ENV = {
+    "OLLAMA_HOST": "write bind: and port:",
+    "OLLAMA_MODELS": "write models:",
+    "OLLAMA_CONTEXT_LENGTH": "write context_length:",
+    "OLLAMA_NUM_PARALLEL": "write num_parallel:",
+    "OLLAMA_MAX_LOADED_MODELS": "write max_loaded_models:",
+    "OLLAMA_KEEP_ALIVE": "write keep_alive:",
+    "OLLAMA_KV_CACHE_TYPE": "write kv_cache_type:",
+    "OLLAMA_FLASH_ATTENTION": "write flash_attention:",
+    "OLLAMA_GPU_OVERHEAD": "it reserves nothing since Ollama 0.30; write fit_target:",
+    "LLAMA_ARG_THREADS": "write threads:",
+    "LLAMA_ARG_CACHE_RAM": "write cache_ram:",
+    "LLAMA_ARG_FIT_TARGET": "write fit_target:",
+    "LLAMA_ARG_CTX_CHECKPOINTS": "write ctx_checkpoints:",
+    "LLAMA_API_KEY": "Ollama does not send it to its own llama-server, so that every request would fail",
+    "LLAMA_ARG_HOST": "Ollama picks the address of its llama-server",
+    "LLAMA_ARG_PORT": "Ollama picks the port of its llama-server",
+    "CUDA_VISIBLE_DEVICES": "write gpus:",
+}
+
+
+@dataclass(frozen=True)
+class OllamaSettings:
+    """What an inventory may say about an Ollama service. Names are its variables, without OLLAMA_, in lower case."""
+
+    context_length: int | None = setting(
+        Int(256, 16_777_216), "context of one request in tokens; default: the largest that fits", default=None
+    )
+    num_parallel: int | None = setting(Int(1, 256), "requests served at once, each with its own context", default=None)
+    max_loaded_models: int | None = setting(
+        Int(1, 64), "models held at once; memory is planned for the one named here", default=None
+    )
+    keep_alive: str | None = setting(
+        Text("a duration", DURATION, "such as 24h, 90m or 300; -1 for ever"),
+        "how long an idle model stays loaded; default: for ever",
+        default=None,
+    )
+    kv_cache_type: str | None = setting(OneOf(KV_TYPES), "type of the KV cache", default=None)
+    flash_attention: bool | None = setting(Bool(), "flash attention; default: where every GPU has it", default=None)
+    gpus: tuple[int, ...] | None = setting(
+        ListOf(Int(0, 63)), "indices of the host's GPUs it may use; default: as few as hold it", default=None
+    )
+    threads: int | None = setting(
+        Int(1, 4096), "threads; default: fast physical cores, shared by the host's services", default=None
+    )
+    cache_ram: Mib | None = setting(
+        Size(), "main memory for cached prompts; default: half of what is left, at most 8GiB", default=None
+    )
+    fit_target: Mib | None = setting(
+        Size(), "memory that must stay free on each GPU, else layers go to the CPU", default=None
+    )
+    ctx_checkpoints: int | None = setting(
+        Int(0, 1024), "context checkpoints per slot, for sliding-window and recurrent models", default=None
+    )
+    models: str | None = setting(
+        AbsolutePath, "its store of models, owned by the user ollama; default: one of its own", default=None
+    )
+
+
+@dataclass(frozen=True)
+class _Tuning:
+    """One candidate: settings that memory depends on, each with its reason, and the GPUs they are for."""
+
+    shape: ModelShape
+    budget: Budget
+    gpus: tuple[GpuBudget, ...]
+    gpu_layers: int
+    choices: Mapping[str, Choice]
+
+    def value(self, key: str) -> Any:  # noqa: ANN401
+        return self.choices[key].value
+
+    def but(self, **changes: Choice) -> _Tuning:
+        """Give the same candidate with some settings changed."""
+        return dataclasses.replace(self, choices={**self.choices, **changes})
+
+
+class Ollama:
+    """The runner `ollama`."""
+
+    name = "ollama"
+    settings = OllamaSettings
+    default_binary = "/usr/local/bin/ollama"
+    owned_flags: Mapping[str, str] = {}
+    sizes_itself = False
+
+    def plan(self, request: Request, budget: Budget) -> ServicePlan:
+        """Choose every setting that matters; what the inventory says always wins and is still checked."""
+        tuning = _with_prompt_cache(request.settings, _tune(request, _shape(request), budget))
+        settings = {**tuning.choices, **_server_choices(request, budget)}
+        deadline_s = start_timeout_s(request.model.size_bytes, base_s=BASE_START_S)
+        return ServicePlan(
+            name=request.name,
+            runner=self.name,
+            model=request.model.name,
+            bind=request.bind,
+            port=request.port,
+            settings=settings,
+            memory=_memory(tuning),
+            argv=(request.binary, "serve"),
+            env={**_env(request, settings, tuning, deadline_s), **request.env},
+            gpus=tuning.gpus,
+            health=Health(ready_path="/api/version", model=request.model.name, deadline_s=deadline_s),
+            stop_timeout_s=STOP_S,
+            model_path="",
+            model_bytes=request.model.size_bytes,
+            shortfall=tuple(_shortfall(tuning)),
+            ways_to_fit=tuple(_ways_to_fit(tuning)),
+            warnings=tuple(_warnings(request, tuning)),
+            facts={"store": request.settings.models or ""},
+        )
+
+
+RUNNER = Ollama()
+
+
+def _shape(request: Request) -> ModelShape:
+    """Give the shape of the model, and refuse what Ollama cannot be asked for."""
+    if request.api_key_file:
+        hint = "keep bind: 127.0.0.1 and put a reverse proxy that asks for the key before it"
+        _refuse(request, "Ollama has no API keys: whoever reaches its port may use and change it", hint)
+    if request.flags:
+        _refuse(request, "ollama serve takes no flags", "write its variables under env:")
+    for name in sorted(OWNED_ENV.keys() & request.env.keys()):
+        _refuse(request, f"env.{name} is set by the plan", OWNED_ENV[name])
+    if request.model.shape is None:
+        what = "Ollama is planned for GGUF files, this model is a snapshot folder"
+        _refuse(request, what, "write runner: vllm, or name a GGUF file of the model")
+    return request.model.shape
+
+
+def _refuse(request: Request, what: str, hint: str) -> NoReturn:
+    raise InventoryError(what, where=request.name, hint=hint)
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------
+
+
+def _tune(request: Request, shape: ModelShape, budget: Budget) -> _Tuning:
+    """Place the model: all on one GPU, else all on several, else some layers, else the CPU.
+
+    Only the GPUs of the plan are shown to Ollama. How many layers go to them its llama-server decides when it
+    loads: it keeps `fit_target` free and puts the rest on the CPU, without an error.
+    """
+    asked = request.settings
+    every = shape.n_layer_all + 1
+    for gpus in _gpu_sets(asked, budget):
+        whole = _grown(asked, _start(asked, shape, budget, gpus, every))
+        if _fits(whole):
+            return whole
+    for gpus in _gpu_sets(asked, budget)[-1:]:
+        start = _start(asked, shape, budget, gpus, every)
+        if fewer := _last_that_fits([dataclasses.replace(start, gpu_layers=n) for n in range(1, every)]):
+            return fewer
+    return _grown(asked, _start(asked, shape, budget, (), 0))
+
+
+def _gpu_sets(asked: OllamaSettings, budget: Budget) -> list[tuple[GpuBudget, ...]]:
+    """List the sets of GPUs to try: each alone, the emptiest first, then all of one runtime; as asked, where asked."""
+    if asked.gpus is not None:
+        allowed = tuple(gpu for gpu in budget.gpus if gpu.index in asked.gpus)
+        return [allowed] if allowed else []
+    allowed = tuple(gpu for gpu in budget.gpus if gpu.gpu.api == budget.gpus[0].gpu.api)
+    alone: list[tuple[GpuBudget, ...]] = [(gpu,) for gpu in sorted(allowed, key=lambda gpu: (-gpu.free_mib, gpu.index))]
+    return alone if len(allowed) <= 1 else [*alone, allowed]
+
+
+def _start(
+    asked: OllamaSettings, shape: ModelShape, budget: Budget, gpus: tuple[GpuBudget, ...], gpu_layers: int
+) -> _Tuning:
+    """Give a candidate with the context asked for, or the least useful one."""
+    least = Choice(min(LEAST_CTX, shape.n_ctx_train), "the least useful: no more fits")
+    choices = {
+        "context_length": _asked(asked.context_length) or least,
+        "num_parallel": _asked(asked.num_parallel) or Choice(1, "one request at a time gets all of it"),
+        "kv_cache_type": _asked(asked.kv_cache_type) or Choice("f16", "exact; q8_0 halves it"),
+        "flash_attention": _asked(asked.flash_attention) or _flash_attention(gpus),
+        "fit_target": _asked(asked.fit_target) or _fit_target(gpus),
+        "ctx_checkpoints": _asked(asked.ctx_checkpoints) or _checkpoints(shape),
+        "cache_ram": Choice(0, ""),
+        "max_loaded_models": _asked(asked.max_loaded_models) or Choice(1, "memory is planned for this one model"),
+    }
+    return _Tuning(shape, budget, gpus, gpu_layers, choices)
+
+
+def _asked(value: Any) -> Choice | None:  # noqa: ANN401
+    """Wrap a value of the inventory, which always wins."""
+    return None if value is None else Choice(value, "as the inventory says")
+
+
+def _fit_target(gpus: tuple[GpuBudget, ...]) -> Choice:
+    why = "the plan keeps its reserve anyway; with 1024, the default, layers that fit would go to the CPU"
+    return Choice(FIT_TARGET_MIB, why if gpus else "no GPU is used")
+
+
+def _flash_attention(gpus: tuple[GpuBudget, ...]) -> Choice:
+    """Force it only where every GPU is known to have it: forced on another one, a model may fail to load.
+
+    llama.cpp has it for CUDA from compute capability 7.5 on in full, and not below 6.0 and on 7.2.
+    """
+    known = [gpu.gpu.compute_capability for gpu in gpus]
+    capabilities = [tuple(map(int, text.split("."))) for text in known if text]
+    if any(capability < (6, 0) or capability == (7, 2) for capability in capabilities):
+        return Choice(False, "compute capability below 6.0, and 7.2, lack it")  # noqa: FBT003
+    if len(capabilities) == len(gpus) and all(capability >= (7, 5) for capability in capabilities):
+        return Choice(True, "without it compute memory grows with the context")  # noqa: FBT003
+    return Choice("auto", "Ollama turns it on where every GPU has it")
+
+
+def _checkpoints(shape: ModelShape) -> Choice:
+    """Bound the context checkpoints: only models that cannot rewind their context keep any."""
+    if shape.has_swa or shape.is_recurrent:
+        return Choice(8, "this model cannot rewind its context; 32, the default, would take four times the RAM")
+    return Choice(0, "this model can rewind its context without them")
+
+
+def _grown(asked: OllamaSettings, tuning: _Tuning) -> _Tuning:
+    """Give the candidate the largest context that fits, up to the trained one, where the inventory names none."""
+    if asked.context_length is not None:
+        return tuning
+    least, most = tuning.value("context_length"), tuning.shape.n_ctx_train
+    largest, all_of_it = f"the largest that fits, of {most} trained", f"all {most} trained tokens fit"
+    longer = [*range(least + CTX_STEP, most, CTX_STEP), most]
+    candidates = [Choice(n, all_of_it if n == most else largest) for n in longer]
+    found = bisect.bisect_left(candidates, x=True, key=lambda choice: not _fits(tuning.but(context_length=choice)))
+    return tuning.but(context_length=candidates[found - 1]) if found else tuning
+
+
+def _last_that_fits(candidates: list[_Tuning]) -> _Tuning | None:
+    """Find the last candidate that fits its GPUs and RAM, each wanting more of the GPUs than the one before it."""
+    found = bisect.bisect_left(candidates, x=True, key=lambda tuning: any(_gpu_shortfall(tuning)))
+    return candidates[found - 1] if found and _fits(candidates[found - 1]) else None
+
+
+def _with_prompt_cache(asked: OllamaSettings, tuning: _Tuning) -> _Tuning:
+    """Give the prompt cache half of the RAM that is left: its default of 8 GiB is what OOM kills are made of."""
+    left = max(0.0, tuning.budget.ram_mib - _memory(tuning)["host"].total_mib)
+    n = tuning.value("max_loaded_models")
+    chosen = int(min(CACHE_RAM_DEFAULT_MIB, left / 2 / n) // CTX_STEP * CTX_STEP)
+    why = f"half of the {left:.0f} MiB RAM left, at most 8192 MiB" + (f", for each of {n} models" if n > 1 else "")
+    return tuning.but(cache_ram=_asked(asked.cache_ram) or Choice(chosen, why))
+
+
+def _server_choices(request: Request, budget: Budget) -> dict[str, Choice]:
+    """Give the settings that the model's memory does not depend on."""
+    asked = request.settings
+    return {
+        "threads": _asked(asked.threads) or Choice(budget.threads, budget.threads_why),
+        "keep_alive": _asked(asked.keep_alive) or Choice("-1", "a service keeps its model loaded"),
+        "models": _asked(asked.models) or Choice(_own_store(request), "its own state folder, which it may write"),
+    }
+
+
+def _own_store(request: Request) -> str:
+    """Name the folder that StateDirectory= of the unit makes, as the service sees it."""
+    return f"/var/lib/labdeploy-{request.name}/models"
+
+
+# --- memory -----------------------------------------------------------------------------------------------------
+
+
+def _batch(context_length: int) -> int:
+    """Give the batch that Ollama picks by the context (server/sched.go); where memory is short it takes less."""
+    if context_length > 32_768:  # noqa: PLR2004 (its own steps)
+        return 2048
+    return 1024 if context_length > 4096 else 512  # noqa: PLR2004
+
+
+def _memory_settings(tuning: _Tuning) -> LlamaMemorySettings:
+    """Name the settings that memory depends on: Ollama runs `-c num_ctx*np -np np`, `-b` and `-ub` alike."""
+    batch, slots = _batch(tuning.value("context_length")), tuning.value("num_parallel")
+    shares = tuple(float(round(gpu.free_mib)) for gpu in tuning.gpus)
+    return LlamaMemorySettings(
+        ctx_size=tuning.value("context_length") * slots,
+        parallel=slots,
+        kv_unified=False,
+        gpu_layers=tuning.gpu_layers,
+        batch_size=batch,
+        ubatch_size=batch,
+        cache_type_k=tuning.value("kv_cache_type"),
+        cache_type_v=tuning.value("kv_cache_type"),
+        flash_attn=tuning.value("flash_attention") is not False,
+        n_gpus=len(tuning.gpus),
+        tensor_split=shares if len(shares) > 1 else (),
+        repack=not tuning.gpus,
+        cache_ram_mib=tuning.value("cache_ram") * tuning.value("max_loaded_models"),
+        ctx_checkpoints=tuning.value("ctx_checkpoints"),
+        cpu_flags=frozenset(tuning.budget.cpu_features),
+    )
+
+
+def _memory(tuning: _Tuning) -> dict[str, Memory]:
+    """Give the memory on each device: the GPUs by their names in the plan, then `host`.
+
+    Without a GPU Ollama loads the file instead of mapping it (`--load-mode none`): what is repacked is there once,
+    and nothing of it could be dropped.
+    """
+    taken = memory(tuning.shape, _memory_settings(tuning))
+    on_gpus = {
+        gpu.id: Memory(part.model_mib, part.context_mib, part.compute_mib, part.overhead_mib)
+        for gpu, part in zip(tuning.gpus, taken.gpus, strict=True)
+    }
+    host = taken.host
+    on_host = Memory(
+        host.model_mib,
+        host.context_mib,
+        host.compute_mib,
+        host.overhead_mib + PROXY_MIB,
+        host.repack_mib,
+        max(0.0, host.mapped_mib - host.model_mib) if tuning.gpus else 0.0,
+        host.cache_ram_mib + host.checkpoints_mib,
+    )
+    return {**on_gpus, "host": on_host}
+
+
+def _gpu_shortfall(tuning: _Tuning) -> Iterator[str]:
+    taken, target = _memory(tuning), tuning.value("fit_target")
+    for gpu in tuning.gpus:
+        need = taken[gpu.id].total_mib + target
+        if need > gpu.free_mib:
+            over, free = need - gpu.free_mib, gpu.free_mib
+            yield f"{gpu.id} needs {need:.0f} MiB, {free:.0f} MiB are free: {over:.0f} MiB too much"
+
+
+def _shortfall(tuning: _Tuning) -> Iterator[str]:
+    """Say by how much each device is too small."""
+    yield from _gpu_shortfall(tuning)
+    need, free = _memory(tuning)["host"].total_mib, tuning.budget.ram_mib
+    if need > free:
+        yield f"RAM: needs {need:.0f} MiB, {free:.0f} MiB are free: {need - free:.0f} MiB too much"
+
+
+def _fits(tuning: _Tuning) -> bool:
+    return not any(_shortfall(tuning))
+
+
+def _ways_to_fit(tuning: _Tuning) -> Iterator[str]:
+    """Where it does not fit: the lines that would make it fit, cheapest for its quality first."""
+    if _fits(tuning):
+        return
+    if _fits(tuning.but(cache_ram=Choice(0, ""))):
+        yield "cache_ram: 0MiB"
+    if tuning.value("kv_cache_type") == "f16" and _fits(tuning.but(kv_cache_type=Choice("q8_0", ""))):
+        yield "kv_cache_type: q8_0"
+    shorter = [n for n in (65_536, 32_768, 16_384, 8192, 4096, 2048) if n < tuning.value("context_length")]
+    fitting = (n for n in shorter if _fits(tuning.but(context_length=Choice(n, ""))))
+    if n := next(fitting, None):
+        yield f"context_length: {n}"
+
+
+def _warnings(request: Request, tuning: _Tuning) -> Iterator[str]:
+    shape, asked = tuning.shape, request.settings
+    yield _create_line(request)
+    if request.bind not in ("127.0.0.1", "::1"):
+        yield (
+            f"listens on {request.bind}: Ollama has no authentication, so whoever reaches port {request.port} can"
+            " use, replace and delete its models; bind 127.0.0.1, or let only trusted hosts through a firewall"
+        )
+    if not shape.known_arch:
+        yield f"architecture {shape.arch} is planned by the general formula; expect more or less memory"
+    if tuning.gpus and tuning.gpu_layers <= shape.n_layer_all:
+        n, most = tuning.gpu_layers, shape.n_layer_all + 1
+        yield f"only some {n} of {most} layers fit on the GPU; Ollama puts the others on the CPU, which is slow"
+    elif tuning.budget.gpus and not tuning.gpus and asked.gpus != ():
+        yield "no GPU can take a layer, so it runs on the CPU"
+    if tuning.value("context_length") > shape.n_ctx_train:
+        yield f"context_length is beyond the {shape.n_ctx_train} tokens the model was trained for: Ollama caps it"
+    if tuning.value("num_parallel") > 1 and shape.arch.startswith(ONE_AT_A_TIME):
+        yield f"Ollama serves {shape.arch} models one request at a time, whatever num_parallel says"
+    if tuning.value("max_loaded_models") > 1:
+        yield "max_loaded_models: memory is planned for one model; a second one pushes layers to the CPU"
+    if asked.models:
+        yield f"models: {asked.models} must belong to the user ollama: install -d -o ollama -g ollama {asked.models}"
+
+
+def _create_line(request: Request) -> str:
+    """Say how the model gets into the store, which is not labdeploy's work yet."""
+    source = shlex.quote(f"FROM {request.model.path}")
+    at = f"OLLAMA_HOST={_host_port(request)}"
+    create = f"echo {source} > Modelfile && {at} {request.binary} create {request.model.name} -f Modelfile"
+    return f"the model must be in this Ollama's store under the name {request.model.name}; once it runs: {create}"
+
+
+# --- environment ------------------------------------------------------------------------------------------------
+
+
+def _host_port(request: Request) -> str:
+    """Write where it listens: without a scheme, which would change the default port."""
+    return f"[{request.bind}]:{request.port}" if ":" in request.bind else f"{request.bind}:{request.port}"
+
+
+def _env(request: Request, settings: Mapping[str, Choice], tuning: _Tuning, deadline_s: int) -> dict[str, str]:
+    """Write every tuned value: what stands here no default of another version can change.
+
+    Values that Ollama cannot read it replaces by a default in silence, so each is written in the form it parses.
+    """
+    value = {key: choice.value for key, choice in settings.items()}
+    env = {
+        "OLLAMA_HOST": _host_port(request),
+        "OLLAMA_MODELS": value["models"],
+        "OLLAMA_CONTEXT_LENGTH": str(value["context_length"]),
+        "OLLAMA_NUM_PARALLEL": str(value["num_parallel"]),
+        "OLLAMA_MAX_LOADED_MODELS": str(value["max_loaded_models"]),
+        "OLLAMA_KEEP_ALIVE": value["keep_alive"],
+        "OLLAMA_LOAD_TIMEOUT": f"{max(LEAST_LOAD_TIMEOUT_S, deadline_s)}s",
+        "OLLAMA_KV_CACHE_TYPE": value["kv_cache_type"],
+        "OLLAMA_NO_CLOUD": "1",
+        "OLLAMA_NOPRUNE": "1",
+        "LLAMA_ARG_THREADS": str(value["threads"]),
+        "LLAMA_ARG_CACHE_RAM": str(value["cache_ram"]),
+        "LLAMA_ARG_CTX_CHECKPOINTS": str(value["ctx_checkpoints"]),
+        "LLAMA_ARG_FIT_TARGET": str(value["fit_target"]),
+    }
+    if value["flash_attention"] != "auto":
+        env["OLLAMA_FLASH_ATTENTION"] = "1" if value["flash_attention"] else "0"
+    return {**env, **_gpu_env(tuning)}
+
+
+def _gpu_env(tuning: _Tuning) -> dict[str, str]:
+    """Show it the GPUs of the plan and no others, by any runtime.
+
+    Vulkan lists NVIDIA cards too, so a card hidden from CUDA would come back through it. A library that does not
+    exist (`cpu`) is how Ollama is told to use none.
+    """
+    env = device_env(tuning.gpus, host_has_gpus=bool(tuning.budget.gpus))
+    if not env:
+        return {}
+    if not tuning.gpus:
+        return {**env, "CUDA_VISIBLE_DEVICES": "-1", "OLLAMA_LLM_LIBRARY": "cpu", "OLLAMA_VULKAN": "0"}
+    return {**env, "OLLAMA_VULKAN": "1" if any(gpu.gpu.api == "vulkan" for gpu in tuning.gpus) else "0"}

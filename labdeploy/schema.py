@@ -1,0 +1,569 @@
+"""One declaration per inventory key: reading, checking, JSON Schema and the reference page all come from it.
+
+A dataclass field made with `setting(kind, doc)` is a key of the inventory. `read_record` turns a YAML node into
+that dataclass and notes every problem with its path and line instead of stopping at the first one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import ipaddress
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NewType, Protocol, TypeVar
+
+import yaml
+
+from labdeploy.errors import InventoryError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+T = TypeVar("T")
+Mib = NewType("Mib", int)
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_MERGE_TAG = "tag:yaml.org,2002:merge"
+_NULL_TAG = "tag:yaml.org,2002:null"
+_INT_TAG = "tag:yaml.org,2002:int"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with an inventory: `inventory.yaml:12: hosts.gpu1.address: ...`."""
+
+    file: str
+    line: int
+    path: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.path}: {self.what}"
+
+
+class InventoryProblemsError(InventoryError):
+    """Every problem of one inventory at once."""
+
+    def __init__(self, problems: Iterable[Problem], *, hint: str = "") -> None:
+        self.problems = tuple(sorted(problems, key=lambda problem: (problem.file, problem.line)))
+        super().__init__("\n".join(map(str, self.problems)), hint=hint)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in which file we are, and the list that problems are added to."""
+
+    file: str
+    path: str
+    problems: list[Problem] = field(default_factory=list, compare=False)
+
+    def key(self, name: str) -> Place:
+        """Give the place of a key below this one."""
+        return Place(self.file, f"{self.path}.{name}" if self.path else name, self.problems)
+
+    def item(self, index: int) -> Place:
+        """Give the place of a list item below this one."""
+        return Place(self.file, f"{self.path}[{index}]", self.problems)
+
+    def problem(self, node: yaml.Node, what: str) -> None:
+        """Note a problem at a node."""
+        self.problems.append(Problem(self.file, node.start_mark.line + 1, self.path, what))
+
+
+class Kind(Protocol):
+    """What values a key takes: how one is read, and how a JSON Schema says it."""
+
+    def read(self, node: yaml.Node, place: Place) -> Any:  # noqa: ANN401
+        """Return the value, or note a problem and return None."""
+
+    def json_schema(self) -> dict[str, Any]:
+        """Describe the accepted values as a JSON Schema."""
+
+    def words(self) -> str:
+        """Describe the accepted values in a few words, for the reference page."""
+
+
+def setting(kind: Kind, doc: str, *, default: Any = dataclasses.MISSING) -> Any:  # noqa: ANN401
+    """Declare a dataclass field that is a key of the inventory; `default=dict` makes an empty mapping."""
+    metadata = {"kind": kind, "doc": doc}
+    if default is dict:
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def required(declared: dataclasses.Field[Any]) -> bool:
+    """Tell whether a key must be written."""
+    return declared.default is dataclasses.MISSING and declared.default_factory is dataclasses.MISSING
+
+
+# --- scalars ---------------------------------------------------------------------------------------------------
+
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_UNIT_OR_SHELL = re.compile(r"[%$`\"\\]")
+
+
+def _scalar(node: yaml.Node, place: Place, wanted: str) -> str | None:
+    if isinstance(node, yaml.ScalarNode) and node.tag != _NULL_TAG:
+        return str(node.value)
+    got = {"MappingNode": "a mapping", "SequenceNode": "a list"}.get(type(node).__name__, "nothing")
+    place.problem(node, f"expected {wanted}, found {got}")
+    return None
+
+
+@dataclass(frozen=True)
+class Text:
+    """One line of text that goes into units as it is: nothing that a unit file or a shell reads specially."""
+
+    what: str = "text"
+    pattern: str = r".+"
+    rule: str = ""
+
+    def read(self, node: yaml.Node, place: Place) -> str | None:
+        """Return the text if it is harmless and of the wanted form."""
+        text = _scalar(node, place, self.what)
+        if text is None:
+            return None
+        if found := _CONTROL.search(text):
+            place.problem(node, f"{text!r} holds a line break or control character ({found.group()!r})")
+        elif found := _UNIT_OR_SHELL.search(text):
+            place.problem(node, f"{text!r} holds {found.group()}, which units or shells read specially")
+        elif not re.fullmatch(self.pattern, text):
+            place.problem(node, f"{text!r} is not {self.what}" + (f" ({self.rule})" if self.rule else ""))
+        else:
+            return text
+        return None
+
+    def json_schema(self) -> dict[str, Any]:
+        """Describe the text: strings, and bare numbers that YAML would not read as strings."""
+        schema: dict[str, Any] = {"type": ["string", "number"]}
+        return schema if self.pattern == r".+" else schema | {"pattern": f"^(?:{self.pattern})$"}
+
+    def words(self) -> str:
+        """Say what text is meant."""
+        return self.what
+
+
+NAME_RULE = "letters, digits, '.', '_' and '-', at most 63, starting with a letter or digit"
+Name = Text("a name", r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", NAME_RULE)
+EnvName = Text("an environment variable name", r"[A-Za-z_][A-Za-z0-9_]*")
+Hostname = Text("a host name or IP address", r"[A-Za-z0-9_.:\[\]-]+")
+Login = Text("a login name", r"[A-Za-z_][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class PathText:
+    """A path on a host or here; never with `..`, so that it cannot leave where it is put."""
+
+    absolute: bool | None
+
+    def read(self, node: yaml.Node, place: Place) -> str | None:
+        """Return the path."""
+        text = Text("a path").read(node, place)
+        if text is None:
+            return None
+        if self.absolute is True and not text.startswith("/"):
+            place.problem(node, f"{text!r} must be absolute")
+        elif self.absolute is False and text.startswith("/"):
+            place.problem(node, f"{text!r} must be relative: it is looked up below models_dir")
+        elif self.absolute is not None and ".." in text.split("/"):
+            place.problem(node, f"{text!r} must not hold '..'")
+        elif self.absolute is not None and text.startswith("-"):
+            place.problem(node, f"{text!r} must not start with '-': a program would read it as a flag")
+        else:
+            return text
+        return None
+
+    def json_schema(self) -> dict[str, Any]:
+        """Describe the path."""
+        return {"type": "string"} | ({"pattern": "^/"} if self.absolute else {})
+
+    def words(self) -> str:
+        """Say which kind of path is meant."""
+        return {True: "an absolute path", False: "a path below models_dir", None: "a path"}[self.absolute]
+
+
+AbsolutePath = PathText(absolute=True)
+ModelPath = PathText(absolute=False)
+LocalPath = PathText(absolute=None)
+
+
+@dataclass(frozen=True)
+class IpAddress:
+    """An address to listen on."""
+
+    def read(self, node: yaml.Node, place: Place) -> str | None:
+        """Return the address as written."""
+        text = Text("an IP address").read(node, place)
+        if text is None:
+            return None
+        try:
+            ipaddress.ip_address(text)
+        except ValueError:
+            place.problem(node, f"{text!r} is not an IP address; write 127.0.0.1 (this host only) or 0.0.0.0")
+            return None
+        return text
+
+    def json_schema(self) -> dict[str, Any]:
+        """Describe the address."""
+        return {"type": "string"}
+
+    def words(self) -> str:
+        """Say that an address is meant."""
+        return "an IP address"
+
+
+@dataclass(frozen=True)
+class Verbatim:
+    """Text passed through to a program, escaped where it is written; only line breaks and controls are refused."""
+
+    def read(self, node: yaml.Node, place: Place) -> str | None:
+        """Return the text as it is."""
+        text = _scalar(node, place, "text")
+        if text is not None and (found := _CONTROL.search(text)):
+            place.problem(node, f"{text!r} holds a line break or control character ({found.group()!r})")
+            return None
+        return text
+
+    def json_schema(self) -> dict[str, Any]:
+        """Describe the text."""
+        return {"type": ["string", "number", "boolean"]}
+
+    def words(self) -> str:
+        """Say that any text goes."""
+        return "text"
+
+
+@dataclass(frozen=True)
+class Int:
+    """A whole number within bounds."""
+
+    low: int
+    high: int
+
+    def read(self, node: yaml.Node, place: Place) -> int | None:
+        """Return the number if it is one and within bounds."""
+        text = _scalar(node, place, "a whole number")
+        if text is None:
+            return None
+        if node.tag != _INT_TAG or not re.fullmatch(r"[+-]?\d+", text):
+            place.problem(node, f"{text!r} is not a whole number")
+        elif not self.low <= int(text) <= self.high:
+            place.problem(node, f"{text} is out of range; it must be from {self.low} to {self.high}")
+        else:
+            return int(text)
+        return None
+
+    def json_schema(self) -> dict[str, Any]:
+        """Describe the number."""
+        return {"type": "integer", "minimum": self.low, "maximum": self.high}
+
+    def words(self) -> str:
+        """Say the bounds."""
+        return f"{self.low} to {self.high}"
+
+
+Port = Int(1, 65535)
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number, whole or not, within bounds."""
+
+    low: float
+    high: float
+
+    def read(self, node: yaml.Node, place: Place) -> float | None:
+        """Return the number if it is one and within bounds."""
+        text = _scalar(node, place, "a number")
+        if text is None:
+            return None
+        if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", text):
+            place.problem(node, f"{text!r} is not a number")
+        elif not self.low <= float(text) <= self.high:
+            place.problem(node, f"{text} is out of range; it must be from {self.low} to {self.high}")
+        else:
+            return float(text)
+        return None
+
+    def json_schema(self) -> dict[str, Any]:
+        """Describe the number."""
+        return {"type": "number", "minimum": self.low, "maximum": self.high}
+
+    def words(self) -> str:
+        """Say the bounds."""
+        return f"{self.low} to {self.high}"
+
+
+@dataclass(frozen=True)
+class Bool:
+    """Yes or no, written as YAML 1.2 writes it: `true` or `false`."""
+
+    def read(self, node: yaml.Node, place: Place) -> bool | None:
+        """Return the truth value."""
+        text = _scalar(node, place, "true or false")
+        if text is None or text in ("true", "false"):
+            return None if text is None else text == "true"
+        place.problem(node, f"{text!r} is not true or false")
+        return None
+
+    def json_schema(self) -> dict[str, Any]:
+        """Describe the truth value."""
+        return {"type": "boolean"}
+
+    def words(self) -> str:
+        """Say the two values."""
+        return "`true` or `false`"
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One of a few words."""
+
+    options: tuple[str, ...]
+
+    def read(self, node: yaml.Node, place: Place) -> str | None:
+        """Return the word if it is one of the options."""
+        text = _scalar(node, place, "one of " + ", ".join(self.options))
+        if text is None or text in self.options:
+            return text
+        place.problem(node, f"{text!r} is not one of {', '.join(self.options)}{did_you_mean(text, self.options)}")
+        return None
+
+    def json_schema(self) -> dict[str, Any]:
+        """Describe the options."""
+        return {"enum": list(self.options)}
+
+    def words(self) -> str:
+        """List the options."""
+        return ", ".join(f"`{option}`" for option in self.options)
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+_MIB_PER_UNIT = {"MiB": 1, "GiB": 1024, "TiB": 1024 * 1024}
+
+
+@dataclass(frozen=True)
+class Size:
+    """An amount of memory with its unit: `24GiB`, `512MiB`. The value is in MiB."""
+
+    def read(self, node: yaml.Node, place: Place) -> Mib | None:
+        """Return the size in MiB; a bare number is refused, because nobody can know what it means."""
+        text = _scalar(node, place, "a size such as 24GiB")
+        if text is None:
+            return None
+        found = _SIZE.fullmatch(text)
+        if not found:
+            place.problem(node, f"{text!r} is not a size; write it like 24GiB or 512MiB")
+        elif not found[2]:
+            place.problem(node, f"{text} has no unit; write {text}GiB or {text}MiB")
+        elif found[2] not in _MIB_PER_UNIT:
+            wanted = f"write {found[1]}GiB or {found[1]}MiB"
+            place.problem(node, f"{text!r}: unit {found[2]!r} is not MiB, GiB or TiB; {wanted}")
+        elif float(found[1]) * _MIB_PER_UNIT[found[2]] % 1:
+            place.problem(node, f"{text!r} is not a whole number of MiB")
+        else:
+            return Mib(int(float(found[1]) * _MIB_PER_UNIT[found[2]]))
+        return None
+
+    def json_schema(self) -> dict[str, Any]:
+        """Describe the size."""
+        return {"type": "string", "pattern": r"^\d+(\.\d+)?\s*(MiB|GiB|TiB)$"}
+
+    def words(self) -> str:
+        """Show a size."""
+        return "a size such as `24GiB` or `512MiB`"
+
+
+# --- containers ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ListOf:
+    """A list of values of one kind."""
+
+    of: Kind
+
+    def read(self, node: yaml.Node, place: Place) -> tuple[Any, ...] | None:
+        """Return the values; None where any was wrong."""
+        if not isinstance(node, yaml.SequenceNode):
+            place.problem(node, "expected a list")
+            return None
+        return tuple(self.of.read(item, place.item(i)) for i, item in enumerate(node.value))
+
+    def json_schema(self) -> dict[str, Any]:
+        """Describe the list."""
+        return {"type": "array", "items": self.of.json_schema()}
+
+    def words(self) -> str:
+        """Say what it lists."""
+        return f"a list of {self.of.words()}"
+
+
+@dataclass(frozen=True)
+class MapOf:
+    """A mapping from names to values of one kind."""
+
+    names: Text
+    of: Kind
+
+    def read(self, node: yaml.Node, place: Place) -> dict[str, Any] | None:
+        """Return the mapping; wrong entries are noted and left out."""
+        found = {}
+        for key, value_node in entries(node, place):
+            name = self.names.read(key, place.key(key.value))
+            value = self.of.read(value_node, place.key(key.value))
+            if name is not None and value is not None:
+                found[name] = value
+        return found
+
+    def json_schema(self) -> dict[str, Any]:
+        """Describe the mapping."""
+        return {
+            "type": "object",
+            "propertyNames": {"pattern": f"^(?:{self.names.pattern})$"},
+            "additionalProperties": self.of.json_schema(),
+        }
+
+    def words(self) -> str:
+        """Say what it maps."""
+        return f"a mapping from {self.names.what.removeprefix('a ').removeprefix('an ')} to {self.of.words()}"
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Extra command-line flags: a list of words, or a mapping `{flag: value}` with `true` for a flag without one."""
+
+    def read(self, node: yaml.Node, place: Place) -> tuple[str, ...] | None:
+        """Return the words in order."""
+        if isinstance(node, yaml.SequenceNode):
+            return ListOf(Verbatim()).read(node, place)
+        words: list[str] = []
+        for key, value in entries(node, place):
+            here = place.key(key.value)
+            flag, text = Verbatim().read(key, here), Verbatim().read(value, here)
+            if text == "false":
+                here.problem(value, "false sets no flag; leave the line out, or write the flag's no- form")
+            words += [f"--{(flag or '').lstrip('-').replace('_', '-')}"]
+            words += [] if text in ("true", "false", None) else [text]
+        return tuple(words)
+
+    def json_schema(self) -> dict[str, Any]:
+        """Describe both forms."""
+        value = Verbatim().json_schema()
+        as_mapping = {"type": "object", "additionalProperties": value}
+        return {"anyOf": [{"type": "array", "items": value}, as_mapping]}
+
+    def words(self) -> str:
+        """Name both forms."""
+        return "a list of words, or a mapping from flag to value"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A mapping with known keys, read into a dataclass."""
+
+    of: type
+
+    def read(self, node: yaml.Node, place: Place) -> Any:  # noqa: ANN401
+        """Return the dataclass, or None where a required key is missing or wrong."""
+        return read_record(self.of, node, place)
+
+    def json_schema(self) -> dict[str, Any]:
+        """Describe the dataclass."""
+        return record_schema(self.of)
+
+    def words(self) -> str:
+        """Point at the table of its keys."""
+        return f"see [{title(self.of)}](#{title(self.of).lower().replace(' ', '-')})"
+
+
+def title(record: type) -> str:
+    """Name a record as the reference page heads its table."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", record.__name__).capitalize()
+
+
+def entries(node: yaml.Node, place: Place) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
+    """Yield a mapping's entries: merge keys (`<<: *anchor`) applied, repeated keys noted as problems."""
+    if not isinstance(node, yaml.MappingNode):
+        if node.tag != _NULL_TAG:
+            place.problem(node, "expected a mapping of keys to values")
+        return
+    seen: dict[str, int] = {}
+    inherited: dict[str, tuple[yaml.ScalarNode, yaml.Node]] = {}
+    for key, value in node.value:
+        if key.tag == _MERGE_TAG:
+            sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            for source in reversed(sources):
+                inherited |= {k.value: (k, v) for k, v in entries(source, place)}
+        elif not isinstance(key, yaml.ScalarNode):
+            place.problem(key, "a key must be a word")
+        elif key.value in seen:
+            place.key(key.value).problem(key, f"written twice; first in line {seen[key.value]}")
+        else:
+            seen[key.value] = key.start_mark.line + 1
+            yield key, value
+    yield from (entry for name, entry in inherited.items() if name not in seen)
+
+
+def settings_of(record: type) -> dict[str, dataclasses.Field[Any]]:
+    """Give the inventory keys of a dataclass, in order."""
+    return {f.name: f for f in dataclasses.fields(record) if "kind" in f.metadata}
+
+
+def read_record(record: type[T], node: yaml.Node, place: Place) -> T | None:
+    """Read a mapping node into a dataclass; None where anything in it was wrong."""
+    known, before = settings_of(record), len(place.problems)
+    values: dict[str, Any] = {}
+    for key, value_node in entries(node, place):
+        if key.value not in known:
+            place.key(key.value).problem(key, f"unknown key{did_you_mean(key.value, known)}")
+        elif value_node.tag != _NULL_TAG:
+            values[key.value] = known[key.value].metadata["kind"].read(value_node, place.key(key.value))
+    for name, declared in known.items():
+        if name not in values and required(declared):
+            place.problem(node, f"{name} is missing: {declared.metadata['doc']}")
+    return None if len(place.problems) > before else record(**values)
+
+
+def record_schema(record: type) -> dict[str, Any]:
+    """Describe a dataclass as a JSON Schema object."""
+    known = settings_of(record)
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            name: declared.metadata["kind"].json_schema() | {"description": declared.metadata["doc"]}
+            for name, declared in known.items()
+        },
+        "required": [name for name, declared in known.items() if required(declared)],
+    }
+
+
+def did_you_mean(word: str, options: Iterable[str]) -> str:
+    """Return `; did you mean "x"?` for the nearest option, or nothing where none is near."""
+    near = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
+    return f'; did you mean "{near[0]}"?' if near else ""
+
+
+def compose(path: Path) -> yaml.Node:
+    """Parse a YAML file into nodes that know their lines; broken YAML is one InventoryError with its line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InventoryError("no such file", where=str(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InventoryError(f"cannot be read: {error}", where=str(path)) from None
+    try:
+        node = yaml.compose(text, Loader=_LOADER)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise InventoryError(f"not valid YAML: {error.problem or error.context}", where=where) from None
+    except yaml.YAMLError as error:
+        raise InventoryError(f"not valid YAML: {' '.join(str(error).split())}", where=str(path)) from None
+    if node is None:
+        raise InventoryError("is empty", where=str(path), hint="labdeploy sandbox up writes one to start from")
+    return node
