@@ -27,8 +27,9 @@ def run(argv: list[str]) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
-        print(f"error: {error.format_message()}", file=sys.stderr)  # noqa: T201
-        if isinstance(error, click.UsageError) and error.ctx:
+        only_help = isinstance(error, click.exceptions.NoArgsIsHelpError)
+        print(("" if only_help else "error: ") + error.format_message(), file=sys.stderr)  # noqa: T201
+        if isinstance(error, click.UsageError) and error.ctx and not only_help:
             print(f"\nhint: {error.ctx.command_path} --help", file=sys.stderr)  # noqa: T201
         return 2
     except (KeyboardInterrupt, click.Abort):

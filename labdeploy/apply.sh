@@ -2,7 +2,7 @@
 #
 #   push ID HASH BY WATCH_S CONFIRM_S OPTIONS   compare; unless nothing changed, run `txn` with the bundle on stdin
 #   rollback ID GENERATION BY WATCH_S CONFIRM_S OPTIONS   the same with a generation that is already here
-#                               OPTIONS: `-`, or of `overwrite-drift` and `dry-run` joined by commas
+#                               OPTIONS: `-`, or of `overwrite-drift`, `adopt` and `dry-run` joined by commas
 #   txn ...                     the transaction; runs as the transient service labdeploy-txn, whose name is the lock
 #   settle                      after txn, however it ended: unless it was confirmed, the old generation comes back
 #   recover                     the same at boot, before our units start
@@ -10,8 +10,13 @@
 #
 # It answers in lines of tab-separated fields; host.py reads them. What holds, at every moment:
 #   current  -> the generation whose files are installed       good -> the last one that was confirmed
-#   pending  exists from before the first installed file changes until the switch is confirmed or undone
-# so that whoever finds `pending` (settle, recover, the next push) knows what to put back, and from where: undo/.
+#   pending  exists from before the first installed file changes until all that a switch or its undoing does is done
+#   incoming/, undo/   what going forward and going back need, staged before `pending`: on a full disk a rename of
+#            what is there still works. A file that is no longer in them has been installed; so every part of the
+#            way back can be cut off anywhere and be done again from its start
+#   adopted/UNIT   a unit that was here before ours of the same name, moved aside with its drop-ins and links
+# Whoever finds `pending` finishes what it says: settle; where that is killed or /etc cannot be written, the service
+# labdeploy-recover, at boot and again every few seconds until it succeeds; or the next push.
 # Every file is made durable (sync FILE is an fsync) before anything relies on it. The moment of decision is the
 # rename of `good`: before it, every way out leads back to the old generation; after it, to the new one.
 
@@ -26,7 +31,10 @@ TAB='	'
 ROOT=/etc/labdeploy
 UNITS=/etc/systemd/system
 RUN=/run/labdeploy
+TXN=$RUN/txn     # systemd makes it for the transaction and removes it after settle
 TXN_UNIT=labdeploy-txn.service
+RECOVER_UNIT=labdeploy-recover.service
+RECEIVE_S=60     # a laptop that falls asleep while it sends must not hold the lock
 EMPTY=000000     # the generation before the first push
 KEEP=10          # generations kept beside current, good and previous
 SPACE_KIB=2048   # free in /etc: many times what a generation takes
@@ -36,8 +44,11 @@ emit() { _ifs=$IFS; IFS=$TAB; printf '%s\n' "$*" 2>/dev/null; IFS=$_ifs; return 
 one_line() { tr '\n\t' '  ' | sed 's/  */ /g; s/^ //; s/ $//'; }
 generation() { _to=$(readlink "$ROOT/$1" 2>/dev/null) && printf '%s' "${_to#gen/}" || printf '%s' "$EMPTY"; }
 number() { _n=${1#"${1%%[!0]*}"}; printf '%s' "${_n:-0}"; }
-units_of() { [ ! -d "$ROOT/gen/$1/systemd" ] || ls "$ROOT/gen/$1/systemd"; }
-services_of() { [ ! -d "$ROOT/gen/$1/services" ] || ls "$ROOT/gen/$1/services"; }
+units_in() { [ ! -e "$1/units" ] || cut -d' ' -f1 "$1/units"; } # FOLDER OF A GENERATION: units in the order they start
+units_of() { units_in "$ROOT/gen/$1"; }
+service_of() { # UNIT: its service name
+    cat "${NEW-}/units" "$ROOT/gen/${FROM-}/units" "$ROOT/gen/${TO-}/units" 2>/dev/null | sed -n "s/^$1 //p" | head -n 1
+}
 generations() { ls "$ROOT/gen" 2>/dev/null | grep -x '[0-9]\{6\}'; }
 centiseconds() { read -r _up _ </proc/uptime; printf '%s' "${_up%.*}${_up#*.}"; }
 seconds_since() { _d=$(($(centiseconds) - $1)); printf '%d.%02d' $((_d / 100)) $((_d % 100)); }
@@ -47,11 +58,15 @@ refuse() { # CODE WHAT HINT: nothing was changed
     exit 20
 }
 
-journal() { # EVENT FROM TO RESULT
+journal() { # EVENT FROM TO RESULT: one durable line, once for each push, however often what it tells of is tried
+    _file=$ROOT/journal.jsonl
+    [ ! -s "$_file" ] || [ -z "$(tail -c 1 "$_file")" ] || # a line that was cut off
+        truncate -s "$(head -n "$(wc -l <"$_file")" "$_file" | wc -c)" "$_file"
+    ! grep -qsF "\"event\":\"$1\",\"push_id\":\"$ID\"" "$_file" || return 0
+    rm -f "$ROOT/undo/room" # kept for this line
     printf '{"at":"%s","event":"%s","push_id":"%s","by":"%s","from":%s,"to":%s,"changed":[%s],"result":"%s"}\n' \
         "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$1" "$ID" "$BY" "$(number "$2")" "$(number "$3")" "$(names_json)" "$4" \
-        >>"$ROOT/journal.jsonl"
-    sync "$ROOT/journal.jsonl"
+        2>/dev/null >>"$_file" && sync "$_file"
 }
 
 names_json() { # the services that changed, as the inside of a JSON list
@@ -62,29 +77,32 @@ names_json() { # the services that changed, as the inside of a JSON list
 # --- facts of one service: read as data, never run ------------------------------------------------------------
 
 load_service() { # FOLDER OF A GENERATION, NAME
-    unit='' ready='' completions='' models='' body='' n_ctx='' deadline_s=60
+    unit='' ready='' completions='' models='' body='' n_ctx='' deadline_s=60 bind='' port='' gpu='' served=''
     binary='' model='' model_bytes=0 api_key_file=''
     while IFS= read -r _line; do
         _value=${_line#*=}
         case ${_line%%=*} in
             unit) unit=$_value ;; ready) ready=$_value ;; completions) completions=$_value ;;
             models) models=$_value ;; body) body=$_value ;; n_ctx) n_ctx=$_value ;;
-            deadline_s) deadline_s=$_value ;; binary) binary=$_value ;; model) model=$_value ;; model_bytes) model_bytes=$_value ;;
+            deadline_s) deadline_s=$_value ;; bind) bind=$_value ;; port) port=$_value ;; gpu) gpu=$_value ;;
+            binary) binary=$_value ;; model) model=$_value ;; model_bytes) model_bytes=$_value ;;
+            served) served=$_value ;;
             api_key_file) api_key_file=$_value ;;
         esac
     done <"$1/services/$2"
 }
 
 show() { # UNIT: sets active sub restarts invocation result status
-    active='' sub='' restarts=0 invocation='' result='' status=''
+    active='' sub='' restarts=0 invocation='' result='' status='' job=''
     while IFS= read -r _line; do
         _value=${_line#*=}
         case ${_line%%=*} in
             ActiveState) active=$_value ;; SubState) sub=$_value ;; NRestarts) restarts=${_value:-0} ;;
             InvocationID) invocation=$_value ;; Result) result=$_value ;; ExecMainStatus) status=$_value ;;
+            Job) job=$_value ;;
         esac
     done <<EOF
-$(systemctl show -p ActiveState,SubState,NRestarts,InvocationID,Result,ExecMainStatus "$1" 2>/dev/null)
+$(systemctl show -p ActiveState,SubState,NRestarts,InvocationID,Result,ExecMainStatus,Job "$1" 2>/dev/null)
 EOF
 }
 
@@ -94,14 +112,14 @@ directives() { sed '/^[#;]/d; /^[[:space:]]*$/d' "$1"; }
 
 compare_units() { # OLD NEW, two folders: sets added removed changed touched same, as lists of units
     added='' removed='' changed='' touched='' same=''
-    for _u in $(ls "$2/systemd"); do
+    for _u in $(units_in "$2"); do
         _old=$1/systemd/$_u _new=$2/systemd/$_u
         if [ ! -e "$_old" ]; then added="$added $_u"
         elif cmp -s "$_old" "$_new"; then same="$same $_u"
         elif [ "$(directives "$_old")" = "$(directives "$_new")" ]; then touched="$touched $_u"
         else changed="$changed $_u"; fi
     done
-    for _u in $(ls "$1/systemd" 2>/dev/null); do
+    for _u in $(units_in "$1"); do
         [ -e "$2/systemd/$_u" ] || removed="$removed $_u"
     done
 }
@@ -133,7 +151,9 @@ locked() { # refuses where a transaction runs
     case $_state in
         *ActiveState=active* | *ActiveState=activating* | *ActiveState=deactivating*)
             _who=$(printf '%s\n' "$_state" | sed -n 's/^Description=//p')
-            refuse 6 "another push holds it: $_who" "wait for it to end; it frees the host itself, whatever happens to it" ;;
+            _since=$(systemctl show -p ActiveEnterTimestamp --value "$TXN_UNIT")
+            refuse 6 "another push holds it: $_who, since $_since" \
+                "wait for it to end; it frees the host itself, whatever happens to it" ;;
     esac
 }
 
@@ -143,7 +163,7 @@ option() { case ",$OPTIONS," in *",$1,"*) return 0 ;; esac; return 1; }
 
 refuse_drift() {
     _found=$(drift | one_line)
-    [ -z "$_found" ] || option overwrite-drift || option dry-run ||
+    [ -z "$_found" ] || option overwrite-drift ||
         refuse 2 "changed on the host by hand: $_found" "labdeploy diff shows it; push --overwrite-drift replaces it"
 }
 
@@ -159,7 +179,6 @@ push() { # ID HASH BY WATCH_S CONFIRM_S OPTIONS; the bundle may follow on stdin
             exit 0
         fi
     fi
-    refuse_drift
     run_txn push "$@"
 }
 
@@ -180,38 +199,43 @@ rollback() { # ID GENERATION BY WATCH_S CONFIRM_S OPTIONS; GENERATION `previous`
         emit result unchanged "$(number "$_g")"
         exit 0
     fi
-    refuse_drift
     run_txn rollback "$1" "$_to" "$3" "$4" "$5" "$6"
 }
 
 run_txn() { # VERB ID TARGET BY WATCH_S CONFIRM_S OPTIONS: the transaction as a service that outlives this connection
     command -v curl >/dev/null || refuse 2 "curl is not installed here" "apt-get install curl  (or your system's like)"
-    TXN=$RUN/txn-$ID
-    (umask 077 && mkdir -p "$RUN" && mkdir "$TXN") || refuse 1 "cannot write $RUN"
-    printf '%s\n' "$PROGRAM" 2>/dev/null >"$TXN/program" || refuse 1 "cannot write $RUN: is it full?"
-    systemd-run --quiet --collect --pipe --wait --service-type=exec --unit="$TXN_UNIT" \
-        --description="$1 $2 by $4" -p RuntimeMaxSec=7200 -p TimeoutStopSec=3600 \
+    _size=$(printf '%s\n' "$PROGRAM" | wc -c)
+    # The program goes in ahead of the bundle; nothing is left behind by a connection that is cut before systemd has it.
+    exec 3>&1
+    _said=$({ printf '%s\n' "$PROGRAM" && cat; } 2>/dev/null | systemd-run --quiet --collect --pipe --wait \
+        --service-type=exec --unit="$TXN_UNIT" --description="$1 $2 by $4" \
+        -p RuntimeDirectory="${TXN#/run/}" -p RuntimeDirectoryMode=0700 \
+        -p RuntimeMaxSec=7200 -p TimeoutStopSec=3600 -p OnFailure="$RECOVER_UNIT" \
         -p ExecStopPost="/bin/sh $TXN/program settle" \
-        /bin/sh "$TXN/program" txn "$@" 2>"$TXN.err"
+        /bin/sh -c "timeout $RECEIVE_S head -c $_size >$TXN/program && . $TXN/program" "$TXN/program" txn "$@" \
+        2>&1 >&3 3>&-)
     _rc=$?
-    _said=$(one_line <"$TXN.err")
-    rm -rf "$TXN.err" "$TXN"
-    case $_said in *"already loaded"* | *"already exists"*) locked ;; esac
-    [ $_rc -eq 0 ] || [ -z "$_said" ] || emit stderr "$_said"
+    case $_said in
+        *"already loaded"* | *"already exists"*)
+            locked
+            refuse 6 "another push held it until just now" "try again" ;;
+    esac
+    [ $_rc -eq 0 ] || [ -z "$_said" ] || emit stderr "$(printf '%s' "$_said" | one_line)"
     exit $_rc
 }
 
 # --- the transaction ------------------------------------------------------------------------------------------
 
 txn() { # VERB ID TARGET BY WATCH_S CONFIRM_S OPTIONS
-    TXN=${0%/program}
-    [ ! -e "$ROOT/pending" ] || undo "an earlier push was cut off"
     VERB=$1 ID=$2 BY=$4 WATCH_S=$5 CONFIRM_S=$6 OPTIONS=$7
+    take_over
+    VERB=$1 ID=$2 BY=$4
     FROM=$(generation current)
     case $VERB in
         push) receive "$3" ;;
-        rollback) TO=$3 NEW=$ROOT/gen/$3 ;;
+        rollback) fetch "$3" ;;
     esac
+    refuse_drift
     decide
     preflight
     ! option dry-run || would
@@ -224,10 +248,34 @@ txn() { # VERB ID TARGET BY WATCH_S CONFIRM_S OPTIONS
     commit
 }
 
+take_over() { # what an earlier push has left is finished first; from here on nobody else does it
+    systemctl stop "$RECOVER_UNIT" 2>/dev/null
+    if [ -e "$ROOT/pending" ]; then
+        ! option dry-run || refuse 6 "an earlier push was cut off and is being undone" "try again in a moment"
+        undo "an earlier push was cut off"
+        [ $? -le 1 ] || refuse 1 "an earlier push was cut off and cannot be undone: $reason" \
+            "it is tried again every few seconds; a push then just works"
+    fi
+    option dry-run || tidy
+}
+
+fetch() { # GENERATION that is kept here
+    TO=$1 NEW=$ROOT/gen/$1
+    [ "$1" = "$EMPTY" ] || (cd "$NEW" && sha256sum --quiet -c SHA256SUMS >/dev/null 2>&1) ||
+        refuse 2 "generation $(number "$1") is damaged" "labdeploy history  (lists the others)"
+}
+
 decide() { # what would change, and what the plan was before, for the one who reads the recap
     compare_units "$ROOT/gen/$FROM" "$NEW"
     start=$(not_running "$same $touched")
-    ! option overwrite-drift || overwrite "$(drifted_units)"
+    adopt='' release=''
+    for _u in $added; do ! foreign "$_u" || adopt="$adopt $_u"; done
+    for _u in $removed; do [ ! -d "$ROOT/adopted/$_u" ] || release="$release $_u"; done
+    dropins=''
+    if option overwrite-drift; then
+        dropins=$(drift | sed -n 's/^drop-in \(.*\)\.d$/ \1/p' | tr -d '\n')
+        overwrite "$(drifted_units)"
+    fi
     [ ! -e "$ROOT/gen/$FROM/plan.json" ] || emit plan-before "$(tr -d '\n' <"$ROOT/gen/$FROM/plan.json")"
     [ ! -e "$NEW/plan.json" ] || emit plan-after "$(tr -d '\n' <"$NEW/plan.json")"
 }
@@ -245,19 +293,32 @@ without() { # WORD WORDS
     for _w; do [ "$_w" = "$_word" ] || printf ' %s' "$_w"; done
 }
 
-would() { # dry run: what push would do; nothing is written
-    for _u in $added; do emit service "$(service_of "$_u")" started; done
-    for _u in $changed; do emit service "$(service_of "$_u")" restarted; done
-    for _u in $start; do emit service "$(service_of "$_u")" started; done
-    for _u in $removed; do emit service "$(service_of "$_u")" stopped; done
-    drift | while IFS= read -r _line; do emit drift "$_line"; done
+would() { # dry run: the steps that the functions below would take, in their order; nothing is written
+    [ "$TO" = "$FROM" ] || emit would "write generation $(number "$TO")"
+    for _u in $adopt; do emit would "move $_u aside, with its drop-ins and links"; done
+    for _u in $dropins; do emit would "remove $UNITS/$_u.d"; done
+    for _u in $added $changed $touched; do emit would "install $UNITS/$_u"; done
+    for _u in $removed; do emit would "remove $UNITS/$_u"; done
+    for _u in $release; do emit would "bring back the $_u that was here before"; done
+    emit would "systemctl daemon-reload"
+    for _u in $removed; do emit would "systemctl stop $_u"; emit service "$(service_of "$_u")" stopped; done
+    for _u in $(units_in "$NEW"); do
+        case " $added $start " in *" $_u "*) _do=start _done=started ;; *) _do=restart _done=restarted ;; esac
+        case " $added $changed $start " in
+            *" $_u "*) emit would "systemctl $_do $_u, until it serves a token"; emit service "$(service_of "$_u")" $_done ;;
+        esac
+    done
+    emit would "watch for $WATCH_S s, confirm over a second connection"
+    for _u in $changed $touched $removed; do
+        emit deployed "systemd/$_u" "$(base64 -w 0 "$ROOT/gen/$FROM/systemd/$_u")"
+    done
     emit result would-change "$(number "$TO")" "$(number "$FROM")"
     exit 0
 }
 
 receive() { # HASH: unpack the bundle into /run and see that it is what was sent
     emit step receive
-    mkdir "$TXN/new" && tar -xf - -C "$TXN/new" || refuse 1 "the bundle did not arrive whole"
+    mkdir "$TXN/new" && timeout "$RECEIVE_S" tar -xf - -C "$TXN/new" || refuse 1 "the bundle did not arrive whole"
     _hash=$(sha256sum <"$TXN/new/SHA256SUMS")
     [ "${_hash%% *}" = "$1" ] || refuse 1 "the bundle did not arrive whole"
     (cd "$TXN/new" && sha256sum --quiet -c SHA256SUMS >/dev/null 2>&1) || refuse 1 "the bundle did not arrive whole"
@@ -278,15 +339,14 @@ preflight() { # nothing is written on disk yet
         refuse 1 "$_store and $UNITS are on different file systems: a switch between them is not atomic"
     room "$_store" "$SPACE_KIB"
     room /run "$RUN_KIB"
-    _touch=$UNITS/.labdeploy-$$
-    (: >"$_touch") 2>/dev/null && rm -f "$_touch" || refuse 1 "$UNITS cannot be written: is it mounted read-only?"
-    for _s in $(ls "$NEW/services"); do
-        preflight_service "$_s"
+    touch "$UNITS" 2>/dev/null || refuse 1 "$UNITS cannot be written: is it mounted read-only?"
+    for _u in $adopt; do
+        [ "$VERB" = rollback ] || option adopt ||
+            refuse 2 "$_u exists and was not made by labdeploy: $(describe "$_u")" \
+                "labdeploy push {host} --adopt  (keeps it aside; rollback brings it back exactly)"
     done
-    for _u in $(ls "$NEW/systemd"); do
-        if [ ! -e "$ROOT/gen/$FROM/systemd/$_u" ] && [ -e "$UNITS/$_u" ]; then
-            refuse 2 "$_u exists and was not made by labdeploy" "rename the service, or move $UNITS/$_u away"
-        fi
+    for _u in $(units_in "$NEW"); do
+        preflight_service "$_u"
         _said=$(SYSTEMD_LOG_LEVEL=warning systemd-analyze verify --man=no --recursive-errors=no "$NEW/systemd/$_u" 2>&1 |
             grep -F "$_u" | one_line)
         [ -z "$_said" ] || refuse 2 "systemd does not accept $_u: $_said" "labdeploy render --stdout  (look at that unit)"
@@ -299,11 +359,13 @@ room() { # FOLDER KIB
         refuse 1 "only ${_free:-0} KiB are free in $1, $2 are needed" "make room there; nothing was changed"
 }
 
-preflight_service() { # NAME: program, model and key are there, and the service's user can read the model
-    load_service "$NEW" "$1"
+preflight_service() { # UNIT: program, model and key are there, its user can read the model, its port is free
+    load_service "$NEW" "$(service_of "$1")"
+    set -- "$(service_of "$1")"
     [ -x "$binary" ] || refuse 2 "$1: $binary is not there" "install it, or say where it is: runners: {...: PATH}"
+    port_free "$1"
     [ -n "$model" ] || return 0
-    [ -e "$model" ] || refuse 2 "$1: model file $model is not there" "scp MODEL $(uname -n):$model"
+    [ -e "$model" ] || refuse 2 "$1: model file $model is not there" "scp MODEL {address}:$model"
     if [ -f "$model" ]; then
         _size=$(stat -Lc %s "$model")
         case $model in
@@ -315,54 +377,159 @@ preflight_service() { # NAME: program, model and key are there, and the service'
     ! command -v setpriv >/dev/null || setpriv --reuid 65534 --regid 65534 --clear-groups test -r "$model" ||
         refuse 2 "$1: $model is not readable for the service's own user" "chmod a+rX on it and the folders above it"
     [ -z "$api_key_file" ] || [ -s "$api_key_file" ] || refuse 2 "$1: API key file $api_key_file is missing or empty"
+    disk_fast_enough "$1"
 }
 
-stage() { # the new generation, durable under its number before anything refers to it
-    emit step stage "$(number "$TO")"
-    [ "$VERB" = push ] && [ "$TO" != "$FROM" ] || return 0
-    mkdir -p "$ROOT/gen/$EMPTY/systemd" "$ROOT/gen/$EMPTY/services" "$ROOT/bin" || refuse 1 "cannot write $ROOT"
-    [ -e "$ROOT/gen/$EMPTY/SHA256SUMS" ] || : >"$ROOT/gen/$EMPTY/SHA256SUMS"
-    rm -rf "$ROOT/gen/new"
-    if ! cp -R "$NEW" "$ROOT/gen/new" 2>/dev/null || ! durable "$ROOT/gen/new"; then
-        rm -rf "$ROOT/gen/new"
-        refuse 1 "the new generation does not fit in $ROOT/gen" "make room there; nothing was changed"
+port_free() { # NAME: nobody else listens where it will; who does is told by ss, which names only root's view
+    command -v ss >/dev/null || return 0
+    ss -Hltnp "sport = :$port" 2>/dev/null | while read -r _ _ _ _at _ _who; do
+        case $_at in
+            "$bind:$port" | "[$bind]:$port" | "*:$port" | "0.0.0.0:$port" | "[::]:$port") ;;
+            *) case $bind in 0.0.0.0 | ::) ;; *) continue ;; esac ;;
+        esac
+        _pid=$(printf '%s' "$_who" | sed -n 's/.*pid=\([0-9]*\).*/\1/p')
+        [ -n "$_pid" ] || continue # not of this host
+        _owner=$(sed -n 's|.*/\([^/]*\.service\)$|\1|p' "/proc/$_pid/cgroup" 2>/dev/null | head -n 1)
+        case " $adopt $(units_of "$FROM" | tr '\n' ' ')" in *" $_owner "*) continue ;; esac
+        printf 'pid %s of %s' "$_pid" "${_owner:-no unit}"
+        break
+    done >"$TXN/port"
+    [ ! -s "$TXN/port" ] || refuse 2 "$1: port $port is taken by $(cat "$TXN/port")" "stop it, or give the service another port"
+}
+
+disk_fast_enough() { # NAME: the model can be read within the time its start is given; measured past the page cache
+    [ -f "$model" ] && [ "$model_bytes" -gt 1073741824 ] || return 0
+    _t0=$(centiseconds)
+    dd if="$model" of=/dev/null bs=1M count=64 iflag=direct 2>/dev/null || return 0
+    _cs=$(($(centiseconds) - _t0 + 1))
+    _need_s=$((model_bytes * _cs / 1048576 / 6400)) # 64 MiB took _cs hundredths of a second
+    [ "$_need_s" -lt "$deadline_s" ] ||
+        refuse 2 "$1: reading $model takes about $_need_s s here ($((6400 / _cs)) MiB/s), its start is given $deadline_s s" \
+            "write the disk's speed into the inventory: hardware: {disk_read: $((6400 / _cs + 1))MiB, ...}"
+}
+
+# --- adoption: a unit that was here before ours, moved aside whole and brought back exactly -------------------------
+
+foreign() { # UNIT: is one of that name here that no generation of ours put there?
+    [ ! -e "$ROOT/gen/$FROM/systemd/$1" ] || return 1
+    [ -e "$UNITS/$1" ] || [ -L "$UNITS/$1" ] || [ -d "$UNITS/$1.d" ] ||
+        [ "$(systemctl show -p LoadState --value "$1")" = loaded ]
+}
+
+foreign_paths() { # UNIT: all that belongs to it below the units' folder: file, drop-ins, links that enable or alias it
+    (
+        cd "$UNITS" || exit
+        for _p in "$1" "$1.d"; do { [ -e "$_p" ] || [ -L "$_p" ]; } && printf '%s\n' "$_p"; done
+        find . -mindepth 2 -maxdepth 2 -type l -name "$1" | sed 's|^\./||'
+        find . -maxdepth 1 -type l -lname "*$1" ! -name "$1" | sed 's|^\./||'
+    )
+}
+
+describe() { # UNIT: what was found, in a line
+    _file=$(systemctl show -p FragmentPath --value "$1")
+    _state=$(systemctl show -p ActiveState --value "$1")
+    _enabled=$(systemctl is-enabled "$1" 2>/dev/null)
+    _dropins=$(systemctl show -p DropInPaths --value "$1")
+    printf '%s' "${_file:-$UNITS/$1}, $_state, ${_enabled:-not enabled}${_dropins:+, with drop-ins $_dropins}"
+}
+
+take_away() { # UNIT: by renames alone, along the list that was made durable before; what is away already is left
+    if [ -d "$ROOT/incoming/adopted/$1" ]; then
+        mv -T "$ROOT/incoming/adopted/$1" "$ROOT/adopted/$1" || return 1
     fi
-    mv -T "$ROOT/gen/new" "$ROOT/gen/$TO" && sync "$ROOT/gen" "$ROOT" || refuse 1 "cannot write $ROOT/gen"
+    while IFS= read -r _p; do
+        _away=$ROOT/adopted/$1/tree/$_p
+        if [ -e "$_away" ] || [ -L "$_away" ]; then continue; fi # then what has its place is ours
+        if [ -e "$UNITS/$_p" ] || [ -L "$UNITS/$_p" ]; then mv -T "$UNITS/$_p" "$_away" || return 1; fi
+    done <"$ROOT/adopted/$1/paths"
+    durable "$ROOT/adopted"
+}
+
+bring_home() { # UNIT: the way back; what is home already is left
+    [ -e "$ROOT/adopted/$1/paths" ] || return 0
+    while IFS= read -r _p; do
+        _away=$ROOT/adopted/$1/tree/$_p
+        if [ -e "$_away" ] || [ -L "$_away" ]; then
+            mkdir -p "$UNITS/$(dirname "$_p")" && mv -T "$_away" "$UNITS/$_p" || return 1
+        fi
+    done <"$ROOT/adopted/$1/paths"
+}
+
+restart_foreign() { # UNIT: as it was before it was adopted
+    if [ "$(cat "$ROOT/adopted/$1/state" 2>/dev/null)" = active ]; then
+        systemctl reset-failed "$1" 2>/dev/null
+        systemctl restart ${NO_WAIT-} "$1" || reason="$1: does not start any more"
+        [ -n "${NO_WAIT-}" ] || [ "$(systemctl is-active "$1")" = active ]
+    else
+        systemctl stop ${NO_WAIT-} "$1" 2>/dev/null
+    fi
+}
+
+# --- forward ----------------------------------------------------------------------------------------------------
+
+tidy() { # what was staged and is needed no more; never while `pending` is there
+    [ -e "$ROOT/pending" ] || rm -rf "$ROOT/undo" "$ROOT/incoming"
+}
+
+stage() { # the new generation, durable, beside those that are kept
+    emit step stage "$(number "$TO")"
+    mkdir -p "$ROOT/gen" "$ROOT/bin" "$ROOT/adopted" && mkdir "$ROOT/undo" "$ROOT/incoming" ||
+        refuse 1 "cannot write $ROOT"
     install_program
+    [ -d "$ROOT/gen/$EMPTY" ] || stage_empty || refuse 1 "cannot write $ROOT"
+    [ "$VERB" = push ] && [ "$TO" != "$FROM" ] || return 0
+    cp -R "$NEW" "$ROOT/incoming/gen" 2>/dev/null && durable "$ROOT/incoming/gen" ||
+        refuse 1 "the new generation does not fit in $ROOT" "make room there; nothing was changed"
+}
+
+stage_empty() { # what was here before the first push
+    _g=$ROOT/incoming/empty
+    mkdir "$_g" && : >"$_g/SHA256SUMS" &&
+        printf '{"push_id":"%s","by":"%s","at":"%s","adopted":"%s"}\n' "$ID" "$BY" "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "${adopt# }" \
+            >"$_g/manifest.json" &&
+        durable "$_g" && mv -T "$_g" "$ROOT/gen/$EMPTY" && sync "$ROOT/gen" "$ROOT" "${ROOT%/*}"
 }
 
 durable() { # DIR: fsync every file below it, then every folder
     find "$1" -type f -exec sync {} + && find "$1" -type d -exec sync {} +
 }
 
-install_program() { # this program and the unit that runs it at boot
+sync_units() { find "$UNITS" -maxdepth 1 -type d -exec sync {} +; } # and the folders of links that enable units
+
+install_program() { # this program, and the unit that runs it at boot and wherever settle could not do its work
     put "$ROOT/bin/labdeploy-host" <<EOF || refuse 1 "cannot write $ROOT/bin"
 $PROGRAM
 EOF
-    put "$UNITS/labdeploy-recover.service" <<EOF || refuse 1 "cannot write $UNITS"
+    put "$UNITS/$RECOVER_UNIT" <<EOF || refuse 1 "cannot write $UNITS"
 [Unit]
-Description=Undo a labdeploy push that was cut off before it was confirmed
-ConditionPathExists=$ROOT/pending
+Description=Finish or undo a labdeploy push that was cut off
+ConditionPathExists=|$ROOT/pending
+ConditionPathExists=|$ROOT/undo
+ConditionPathExists=|$ROOT/incoming
 DefaultDependencies=no
 After=local-fs.target
 Conflicts=shutdown.target
 Before=shutdown.target
+StartLimitIntervalSec=0
 
 [Service]
 Type=oneshot
 ExecStart=/bin/sh $ROOT/bin/labdeploy-host recover
+Restart=on-failure
+RestartSec=3
 
 [Install]
 WantedBy=multi-user.target
 EOF
-    [ -L "$UNITS/multi-user.target.wants/labdeploy-recover.service" ] ||
-        systemctl enable --quiet --no-reload labdeploy-recover.service 2>/dev/null
+    [ -L "$UNITS/multi-user.target.wants/$RECOVER_UNIT" ] || systemctl enable --quiet --no-reload "$RECOVER_UNIT" ||
+        refuse 1 "cannot enable $RECOVER_UNIT"
+    sync_units
 }
 
-put() { # FILE, content on stdin: written beside it, made durable, renamed; untouched where it is the same
-    cat >"$1.new" && sync "$1.new" || { rm -f "$1.new"; return 1; }
-    if cmp -s "$1" "$1.new"; then rm -f "$1.new"; return 0; fi
-    mv -T "$1.new" "$1" && sync "${1%/*}"
+put() { # FILE, content on stdin: written aside, made durable, renamed; untouched where it is the same
+    _aside=$ROOT/incoming/${1##*/}
+    cat 2>/dev/null >"$_aside" && sync "$_aside" || return 1
+    cmp -s "$1" "$_aside" || { mv -T "$_aside" "$1" && sync "${1%/*}"; }
 }
 
 not_running() { # UNITS: prints those that are not active
@@ -371,43 +538,52 @@ not_running() { # UNITS: prints those that are not active
     done
 }
 
-drifted_units() { drift | sed -n 's/^\(changed\|missing\) / /p' | tr -d '\n'; }
+drifted_units() { drift | sed -n 's/^\(changed\|missing\|drop-in\) / /; s/\.d$//; p' | tr -d '\n'; }
 
 arm() { # all that is needed to go either way, durable, before the first installed file changes
     emit step arm
-    rm -rf "$ROOT/undo" "$ROOT/incoming"
-    mkdir "$ROOT/undo" "$ROOT/incoming" || refuse 1 "cannot write $ROOT"
-    for _u in $added $changed $touched; do
-        cp "$ROOT/gen/$TO/systemd/$_u" "$ROOT/incoming/$_u" || unarm
-    done
-    for _u in $changed $touched $removed; do
-        [ ! -e "$UNITS/$_u" ] || cp -p "$UNITS/$_u" "$ROOT/undo/$_u" || unarm
-    done
-    was_active=''
-    for _u in $changed $removed; do
+    was_active='' was_disabled=''
+    for _u in $changed $removed $adopt; do
         show "$_u"
         [ "$active" != active ] || was_active="$was_active $_u=$invocation"
     done
-    durable "$ROOT/undo" && durable "$ROOT/incoming" || unarm
-    put "$ROOT/pending" <<EOF || unarm
-id=$ID
-by=$BY
-verb=$VERB
-from=$FROM
-to=$TO
-added=$added
-changed=$changed
-touched=$touched
-removed=$removed
-start=$start
-was_active=$was_active
-EOF
+    [ "$FROM" = "$EMPTY" ] || was_disabled=$(unit_states "$FROM" | sed -n '/ enabled$/d; s/ .*//p' | tr '\n' ' ')
+    stage_forward && stage_back && durable "$ROOT/incoming" && durable "$ROOT/undo" && sync "$ROOT" &&
+        intent armed | put "$ROOT/pending" ||
+        refuse 1 "no room in $ROOT for what an undo needs" "make room there; nothing was changed"
 }
 
-unarm() {
-    rm -rf "$ROOT/undo" "$ROOT/incoming" "$ROOT/pending.new"
-    [ "$VERB" = rollback ] || [ "$TO" = "$FROM" ] || rm -rf "$ROOT/gen/$TO"
-    refuse 1 "no room in $ROOT for what an undo needs" "make room there; nothing was changed"
+stage_forward() {
+    ln -s "gen/$TO" "$ROOT/incoming/current" && ln -s "gen/$TO" "$ROOT/incoming/good" &&
+        ln -s "gen/$FROM" "$ROOT/incoming/previous" || return 1
+    for _u in $added $changed $touched; do
+        cp "$NEW/systemd/$_u" "$ROOT/incoming/$_u" || return 1
+    done
+    for _u in $adopt; do
+        _place=$ROOT/incoming/adopted/$_u
+        mkdir -p "$_place/tree" && foreign_paths "$_u" >"$_place/paths" || return 1
+        systemctl show -p ActiveState --value "$_u" >"$_place/state" || return 1
+        grep / "$_place/paths" | while IFS= read -r _p; do mkdir -p "$_place/tree/${_p%/*}" || exit 1; done || return 1
+    done
+}
+
+stage_back() {
+    ln -s "gen/$FROM" "$ROOT/undo/current" || return 1
+    for _u in $changed $touched $removed; do
+        [ ! -e "$UNITS/$_u" ] || cp -p "$UNITS/$_u" "$ROOT/undo/$_u" || return 1
+    done
+    intent committed >"$ROOT/undo/committed" && intent restored >"$ROOT/undo/restored" &&
+        head -c 8192 /dev/zero >"$ROOT/undo/room"
+}
+
+intent() { # PHASE: what `pending` says; `armed` becomes `committed` or `restored` by a rename
+    printf '%s\n' "phase=$1" "id=$ID" "by=$BY" "verb=$VERB" "from=$FROM" "to=$TO" "added=$added" "changed=$changed" \
+        "touched=$touched" "removed=$removed" "start=$start" "adopt=$adopt" "release=$release" \
+        "dropins=$dropins" "was_active=$was_active" "was_disabled=$was_disabled"
+}
+
+turn() { # PHASE
+    [ ! -e "$ROOT/undo/$1" ] || mv -T "$ROOT/undo/$1" "$ROOT/pending" && sync "$ROOT"
 }
 
 fail() { # WHAT: from here on the way out is settle, which puts the old generation back
@@ -415,29 +591,43 @@ fail() { # WHAT: from here on the way out is settle, which puts the old generati
     exit 21
 }
 
-point() { # LINK GENERATION: swap a symlink in one rename
-    ln -sfn "gen/$2" "$ROOT/$1.new" && mv -T "$ROOT/$1.new" "$ROOT/$1" && sync "$ROOT"
+place() { # FOLDER NAME: put a staged link in its place, in one rename; it is there already where none is staged
+    [ ! -L "$ROOT/$1/$2" ] || mv -T "$ROOT/$1/$2" "$ROOT/$2" && sync "$ROOT"
+}
+
+place_generation() {
+    [ ! -d "$ROOT/incoming/gen" ] || mv -T "$ROOT/incoming/gen" "$ROOT/gen/$TO" && sync "$ROOT/gen"
 }
 
 switch() { # install the new files, then let systemd read them
     emit step switch "$(number "$TO")"
+    place_generation || fail "cannot write $ROOT/gen"
+    NEW=$ROOT/gen/$TO
+    for _u in $adopt; do
+        take_away "$_u" || fail "cannot move $_u aside"
+    done
+    for _u in $dropins; do
+        mv -T "$UNITS/$_u.d" "$ROOT/undo/$_u.d" || fail "cannot move $_u.d aside"
+    done
     for _u in $added $changed $touched; do
         mv -T "$ROOT/incoming/$_u" "$UNITS/$_u" || fail "cannot install $_u"
     done
     for _u in $removed; do
         systemctl disable --quiet --no-reload "$_u" 2>/dev/null
-        rm -f "$UNITS/$_u"
+        rm -f "$UNITS/$_u" || fail "cannot remove $_u"
+    done
+    for _u in $release; do
+        bring_home "$_u" || fail "cannot bring $_u back"
     done
     enable_units "$added $changed $touched $same"
-    sync "$UNITS"
-    point current "$TO" || fail "cannot switch $ROOT/current"
+    sync_units || fail "cannot write $UNITS"
+    place incoming current || fail "cannot switch $ROOT/current"
     reload "$added $changed $touched"
 }
 
 enable_units() { # UNITS
     [ -z "$(printf '%s' "$1" | tr -d ' ')" ] || systemctl enable --quiet --no-reload $1 2>/dev/null ||
         fail "cannot enable $1"
-    [ ! -d "$UNITS/multi-user.target.wants" ] || sync "$UNITS/multi-user.target.wants"
 }
 
 reload() { # UNITS: daemon-reload says 0 even where a unit is garbage, so each is asked for
@@ -447,19 +637,17 @@ reload() { # UNITS: daemon-reload says 0 even where a unit is garbage, so each i
     done
 }
 
-service_of() { # UNIT: its service name
-    _s=${1#labdeploy-}
-    printf '%s' "${_s%.service}"
-}
-
 restart_changed() { # stop what is gone, then restart what changed, one after another in the order units ask for
     for _u in $removed; do
         systemctl stop "$_u" 2>/dev/null
         systemctl reset-failed "$_u" 2>/dev/null
         emit service "$(service_of "$_u")" stopped
     done
-    for _u in $changed $added $start; do
-        bring_up "$TO" "$_u" || fail "$reason"
+    for _u in $release; do
+        restart_foreign "$_u" || fail "$reason"
+    done
+    for _u in $(units_of "$TO"); do
+        case " $changed $added $start " in *" $_u "*) bring_up "$TO" "$_u" || fail "$reason" ;; esac
     done
 }
 
@@ -483,7 +671,7 @@ bring_up() { # GENERATION UNIT: (re)start it and see that it serves; 1 with `rea
 wait_active() { # OLD_INVOCATION DEADLINE: until the new process says it is ready (ExecStartPost polls it)
     while :; do
         show "$unit"
-        if [ "$invocation" != "$1" ] || [ -z "$1" ]; then
+        if [ "$invocation" != "$1" ]; then
             [ "$active" != active ] || return 0
             case $active$sub in
                 failed* | activatingauto-restart* | inactive*)
@@ -491,6 +679,9 @@ wait_active() { # OLD_INVOCATION DEADLINE: until the new process says it is read
                     last_words
                     return 1 ;;
             esac
+        elif [ "${job:-0}" = 0 ]; then
+            reason="$_name: systemd did not start it: is $model there? (ConditionPathExists)"
+            return 1
         fi
         if [ "$(centiseconds)" -gt "$2" ]; then
             reason="$_name: not ready after $deadline_s s ($active, $sub)"
@@ -516,10 +707,26 @@ http() { # TIMEOUT_S URL [BODY]: the answer on stdout; the API key never stands 
 
 serves() { # ready, one token, and the context that was planned
     _said=$(http 10 "$ready") || { unhealthy "$ready" "$_said"; return 1; }
+    if [ -z "$model" ] && ! http 10 "$models" | grep -qF "\"$served\""; then # a store of its own, still without it
+        emit warning "$_name" "is up, but model $served is not in its store yet"
+        return 0
+    fi
     _said=$(http "$deadline_s" "$completions" "$body") || { unhealthy "one-token completion" "$_said"; return 1; }
+    [ -z "$gpu" ] || gpu_in_use || { unhealthy GPU "planned, but its process has none open: it runs on the CPU"; return 1; }
     [ -n "$n_ctx" ] || return 0
-    _ctx=$(http 10 "$models" | tr ',{}' '\n\n\n' | sed -n 's/^ *"n_ctx": *\([0-9]*\).*/\1/p' | head -n 1)
+    _ctx=$(http 10 "$models" | tr ',{}' '[\n*]' | sed -n 's/^ *"n_ctx": *\([0-9]*\).*/\1/p' | head -n 1)
     [ -z "$_ctx" ] || [ "$_ctx" = "$n_ctx" ] || { unhealthy context "serves $_ctx tokens, $n_ctx were planned"; return 1; }
+}
+
+gpu_in_use() { # a runner that fell back to the CPU answers 200; one that computes on a GPU has its device mapped
+    _group=$(systemctl show -p ControlGroup --value "$unit")
+    for _pid in $(cat "/sys/fs/cgroup$_group/cgroup.procs" "/sys/fs/cgroup/systemd$_group/cgroup.procs" 2>/dev/null) \
+        $(systemctl show -p MainPID --value "$unit"); do
+        ! grep -qE '/dev/(nvidia[0-9]|dri/render|kfd)|libvulkan_lvp|swrast|llvmpipe' "/proc/$_pid/maps" 2>/dev/null || return 0
+        ! find "/proc/$_pid/fd" -type l -lname '/dev/*' -printf '%l\n' 2>/dev/null |
+            grep -qE '/dev/(nvidia[0-9]|dri/render|kfd)' || return 0
+    done
+    return 1
 }
 
 unhealthy() { # WHAT SAID
@@ -548,105 +755,169 @@ watch() { # a while longer: a service that crashes seconds after its first answe
 confirmed() { # the controller reaches this host over a new connection, or the old generation comes back
     emit confirm "$ID"
     _until=$(($(centiseconds) + CONFIRM_S * 100))
-    until [ -e "$TXN/confirmed" ]; do
+    until [ -e "$TXN/confirmed-$ID" ]; do
         [ "$(centiseconds)" -lt "$_until" ] || fail "nobody confirmed within $CONFIRM_S s"
         sleep 0.05
     done
 }
 
 commit() { # the rename of `good` decides
-    [ "$FROM" = "$TO" ] || point previous "$FROM" || fail "cannot write $ROOT"
-    point good "$TO" || fail "cannot write $ROOT"
-    rm -f "$ROOT/pending"
-    sync "$ROOT"
-    journal "$VERB" "$FROM" "$TO" ok
-    rm -rf "$ROOT/undo" "$ROOT/incoming"
-    prune
+    place incoming good || fail "cannot write $ROOT"
+    finish || exit 22 # settle goes on
     emit result changed "$(number "$TO")" "$(number "$FROM")"
 }
 
-prune() { # the oldest generations beyond KEEP, but never one that runs or that a rollback needs
-    generations | head -n -"$KEEP" | while IFS= read -r _g; do
+finish() { # all that follows the decision; every part can be done again
+    reason="cannot write $ROOT"
+    turn committed || return 1
+    [ "$FROM" = "$TO" ] || place incoming previous || return 1
+    for _u in $release; do rm -rf "$ROOT/adopted/$_u" || return 1; done
+    journal "$VERB" "$FROM" "$TO" ok && prune && close
+}
+
+close() { # nothing is pending any more; tidy is told by the two folders where it is cut off
+    rm -f "$ROOT/pending" && sync "$ROOT" && rm -rf "$ROOT/undo" "$ROOT/incoming" "$RUN/back-$ID"
+}
+
+prune() { # the oldest generations beyond KEEP, but never one that runs or that a rollback needs; whole, by a rename
+    for _g in $(generations | head -n -"$KEEP"); do
         case $_g in
-            "$EMPTY" | "$(generation current)" | "$(generation good)" | "$(generation previous)") ;;
-            *) rm -rf "$ROOT/gen/$_g" ;;
+            "$EMPTY" | "$(generation current)" | "$(generation good)" | "$(generation previous)") continue ;;
         esac
+        mv -T "$ROOT/gen/$_g" "$ROOT/undo/$_g" || return 1
     done
+    sync "$ROOT/gen"
 }
 
 # --- going back -----------------------------------------------------------------------------------------------
 
 load_pending() {
-    ID='' BY='' VERB=push FROM=$EMPTY TO=$EMPTY added='' changed='' touched='' removed='' start='' was_active=''
+    phase=armed ID='' BY='' VERB=push FROM=$EMPTY TO=$EMPTY added='' changed='' touched='' removed='' start='' was_active=''
+    adopt='' release='' dropins='' was_disabled=''
     while IFS= read -r _line; do
         _value=${_line#*=}
         case ${_line%%=*} in
+            phase) phase=$_value ;; was_disabled) was_disabled=$_value ;;
             id) ID=$_value ;; by) BY=$_value ;; verb) VERB=$_value ;; from) FROM=$_value ;; to) TO=$_value ;;
             added) added=$_value ;; changed) changed=$_value ;; touched) touched=$_value ;;
             removed) removed=$_value ;; start) start=$_value ;; was_active) was_active=$_value ;;
+            adopt) adopt=$_value ;; release) release=$_value ;; dropins) dropins=$_value ;;
         esac
     done <"$ROOT/pending"
 }
 
-restore() { # the installed files as they were; renames and removals only, so that a full disk cannot stop it
+restore() { # the installed files as they were: renames and removals, so that a full disk cannot stop it
+    reason="cannot write $UNITS and $ROOT"
+    place_generation || return 1 # it stays, as one that failed: its number is not used again
     for _u in $added; do
-        systemctl disable --quiet --no-reload "$_u" 2>/dev/null
-        rm -f "$UNITS/$_u"
+        uninstall "$_u" || return 1
+    done
+    for _u in $dropins; do
+        [ ! -d "$ROOT/undo/$_u.d" ] || mv -T "$ROOT/undo/$_u.d" "$UNITS/$_u.d" || return 1
+    done
+    for _u in $adopt; do bring_home "$_u" || return 1; done
+    for _u in $release; do
+        [ ! -e "$ROOT/undo/$_u" ] || take_away "$_u" || return 1
     done
     for _u in $changed $touched $removed; do
-        [ ! -e "$ROOT/undo/$_u" ] || mv -T "$ROOT/undo/$_u" "$UNITS/$_u"
+        [ ! -e "$ROOT/undo/$_u" ] || mv -T "$ROOT/undo/$_u" "$UNITS/$_u" || return 1
     done
     for _u in $removed; do
-        systemctl enable --quiet --no-reload "$_u" 2>/dev/null
+        systemctl enable --quiet --no-reload "$_u" 2>/dev/null || return 1
     done
-    sync "$UNITS"
-    point current "$FROM"
+    for _u in $was_disabled; do systemctl disable --quiet --no-reload "$_u" 2>/dev/null; done
+    sync_units && place undo current
 }
 
-settle_files() { # WHY: finish or undo what `pending` says, files only
+uninstall() { # UNIT, back to where it came from: if it is still there, what is installed is not ours
+    [ ! -e "$ROOT/incoming/$1" ] || return 0
+    systemctl disable --quiet --no-reload "$1" 2>/dev/null
+    mv -T "$UNITS/$1" "$ROOT/incoming/$1" || [ ! -e "$UNITS/$1" ]
+}
+
+undo() { # WHY: the old generation, files and processes, and `bad` is what did not come back
+    # 1: it had been confirmed, and is finished now; 2: it cannot be done yet, for `reason`
+    bad='' reason=''
     load_pending
-    if [ "$(generation good)" = "$TO" ] && [ "$TO" != "$FROM" ]; then
-        rm -f "$ROOT/pending"
-        sync "$ROOT"
+    if [ "$phase" = committed ] || { [ "$TO" != "$FROM" ] && [ "$(generation good)" = "$TO" ]; }; then
+        finish || return 2
         return 1
     fi
-    restore
-    systemctl daemon-reload
-    rm -f "$ROOT/pending"
-    sync "$ROOT"
-    journal settle "$TO" "$FROM" "$1"
-    rm -rf "$ROOT/undo" "$ROOT/incoming"
+    _host=$(systemctl is-system-running 2>/dev/null)
+    if [ "$phase" != restored ]; then
+        restore || return 2
+        [ "$_host" = stopping ] || _said=$(systemctl daemon-reload 2>&1) || { reason="daemon-reload: $_said"; return 2; }
+        turn restored || return 2
+    fi
+    emit step back "$(number "$FROM")"
+    [ "$_host" = stopping ] || bring_back
+    for _u in $adopt; do rm -rf "$ROOT/adopted/$_u"; done
+    reason="cannot write $ROOT"
+    journal settle "$TO" "$FROM" "$1" && close || return 2
 }
 
-undo() { # WHY: the old generation, files and processes; sets `bad` to what could not be brought back
-    bad=''
-    settle_files "$1" || return 1
-    emit step back "$(number "$FROM")"
+bring_back() { # the processes of the old generation, in the order they start; what was never touched goes on serving
+    mkdir -p "$RUN/back-$ID"
     for _u in $added; do
-        systemctl stop "$_u" 2>/dev/null
+        case " $adopt " in *" $_u "*) continue ;; esac
+        systemctl stop ${NO_WAIT-} "$_u" 2>/dev/null
         systemctl reset-failed "$_u" 2>/dev/null
     done
-    for _was in $was_active; do
-        show "${_was%=*}"
-        [ "$active" = active ] && [ "$invocation" = "${_was#*=}" ] && continue # never touched: it goes on serving
-        bring_up "$FROM" "${_was%=*}" || bad="$bad $reason;"
+    for _u in $(units_of "$FROM"); do
+        case " $changed $removed " in *" $_u "*) touched_since "$_u" && bring_unit_back "$_u" ;; esac
+    done
+    for _u in $adopt; do
+        touched_since "$_u" || continue
+        restart_foreign "$_u" || bad="$bad $reason;"
+        : >"$RUN/back-$ID/$_u"
     done
 }
 
-settle() { # after txn, however it ended: nothing to do unless it was armed and not confirmed
-    if [ -e "$ROOT/pending" ] && undo "rolled back"; then
-        if [ -z "$bad" ]; then emit result rolled-back "$(number "$FROM")" "$(number "$TO")"
-        else emit result needs-person "$(number "$FROM")" "$(number "$TO")" "$bad"; fi
+touched_since() { # UNIT: does anything but the process from before the switch run, and was it not brought back yet?
+    [ ! -e "$RUN/back-$ID/$1" ] || return 1
+    show "$1"
+    case " $was_active " in *" $1=$invocation "*) [ "$active" != active ] ;; esac
+}
+
+bring_unit_back() { # UNIT
+    case " $was_active" in
+        *" $1="*) ;;
+        *) # it did not run before
+            systemctl try-restart --no-block "$1"
+            return 0 ;;
+    esac
+    if [ -n "${NO_WAIT-}" ]; then systemctl restart --no-block "$1"
+    else bring_up "$FROM" "$1" || bad="$bad $reason;"; fi
+    : >"$RUN/back-$ID/$1"
+}
+
+settle() { # after txn, however it ended: nothing to do unless it was armed
+    for _try in 1 2 3 4 5; do
+        if [ ! -e "$ROOT/pending" ]; then
+            tidy
+            exit 0
+        fi
+        undo "rolled back"
+        case $? in
+            0)  if [ -z "$bad" ]; then emit result rolled-back "$(number "$FROM")" "$(number "$TO")"
+                else emit result needs-person "$(number "$FROM")" "$(number "$TO")" "$bad"; fi ;;
+            1) emit result changed "$(number "$TO")" "$(number "$FROM")" ;;
+            *) sleep 1 ;;
+        esac
+    done
+    emit result needs-person "$(number "$FROM")" "$(number "$TO")" " $reason; it is tried again every few seconds"
+    exit 1 # labdeploy-recover takes over
+}
+
+recover() { # at boot before our units, and where settle did not end: until it succeeds, for systemd starts it again
+    if [ -e "$ROOT/pending" ]; then
+        case $(systemctl is-system-running 2>/dev/null) in
+            initializing | starting) NO_WAIT=--no-block ;; # systemd starts what is queued, as the files now say
+        esac
+        undo "rolled back at boot"
+        [ $? -le 1 ] || exit 1
     fi
-    rm -rf "${0%/program}"
-}
-
-recover() { # at boot, before our units: systemd starts what is queued with the definitions that are now back
-    [ -e "$ROOT/pending" ] || exit 0
-    settle_files "rolled back at boot"
-    for _u in $added; do
-        systemctl stop --no-block "$_u" 2>/dev/null
-    done
+    tidy
 }
 
 # --- telling --------------------------------------------------------------------------------------------------
@@ -659,7 +930,9 @@ state() { # for status, history and rollback
     [ ! -e "$ROOT/pending" ] || emit pending
     drift | while IFS= read -r _line; do emit drift "$_line"; done
     [ ! -e "$ROOT/gen/$_g/plan.json" ] || emit plan "$(tr -d '\n' <"$ROOT/gen/$_g/plan.json")"
-    for _name in $(services_of "$_g"); do
+    FROM=$_g
+    for _u in $(units_of "$_g"); do
+        _name=$(service_of "$_u")
         load_service "$ROOT/gen/$_g" "$_name"
         emit unit "$_name" "$unit"
         _healthy=false
@@ -692,7 +965,7 @@ files() { # the current generation's files and what is installed, for diff
 confirm() { # ID: said by the controller over its second connection
     _state=$(systemctl show -p Description "$TXN_UNIT")
     case $_state in
-        *" $1 by "*) : >"$RUN/txn-$1/confirmed" && emit confirmed "$1" ;;
+        *" $1 by "*) : >"$TXN/confirmed-$1" && emit confirmed "$1" ;;
         *) refuse 1 "push $1 is not waiting here any more" ;;
     esac
 }

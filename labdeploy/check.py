@@ -59,16 +59,26 @@ class Report:
 
 def check_service(connection: HostConnection, service: Service, *, samples: int = SAMPLES) -> Report:
     """Ask a service for a few short completions; the first one warms up and does not count."""
-    if service.api_key_file:
-        return Report(healthy=False, error="needs an API key, which stays on the host; use `labdeploy status`")
     try:
-        taken = [_completion(connection, service) for _ in range(samples + 1)]
-    except (OSError, http.client.HTTPException, ValueError, LabdeployError) as error:
+        headers = _headers(connection, service)
+        taken = [_completion(connection, service, headers) for _ in range(samples + 1)]
+    except LabdeployError as error:
+        return Report(healthy=False, error=error.what)
+    except (OSError, http.client.HTTPException, ValueError) as error:
         return Report(healthy=False, error=str(error) or type(error).__name__)
     return Report(healthy=True, samples=tuple(taken[1:]))
 
 
-def _completion(connection: HostConnection, service: Service) -> Sample:
+def _headers(connection: HostConnection, service: Service) -> dict[str, str]:
+    """Give the headers of a request; an API key is read from the host for this one run and kept nowhere."""
+    headers = {"Content-Type": "application/json"}
+    if service.api_key_file:
+        key = connection.read_file(service.api_key_file, 0, 4096).decode(errors="replace").split("\n")[0]
+        headers["Authorization"] = f"Bearer {key}"
+    return headers
+
+
+def _completion(connection: HostConnection, service: Service, headers: dict[str, str]) -> Sample:
     """Stream one completion; a fresh nonce leads the prompt, so that no cached prefix flatters the figure."""
     body = {
         "model": service.model,
@@ -78,7 +88,7 @@ def _completion(connection: HostConnection, service: Service) -> Sample:
     }
     web = connection.http(_reachable(service.bind), service.port, TIMEOUT_S)
     started = time.monotonic()
-    web.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    web.request("POST", "/v1/completions", json.dumps(body), headers)
     answer = web.getresponse()
     if answer.status != http.client.OK:
         raise LabdeployError(f"HTTP {answer.status}: {answer.read(300).decode(errors='replace').strip()}")

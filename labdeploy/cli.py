@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -14,7 +15,7 @@ from labdeploy import __version__
 from labdeploy.errors import CheckError, InventoryError, LabdeployError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from labdeploy.deploy import Outcome
     from labdeploy.generation import Generation
@@ -45,7 +46,8 @@ class Options:
             return
         if not sys.stdin.isatty():
             raise InventoryError(f"{question} There is no terminal to ask on", hint="add -y to go ahead")
-        click.confirm(question, abort=True, err=True)
+        if not click.confirm(question, err=True):
+            raise LabdeployError("nothing was done")
 
 
 def _set(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
@@ -145,6 +147,9 @@ def render(options: Options, hosts: tuple[str, ...], output: Path, stdout: bool)
     from labdeploy import report  # noqa: PLC0415
 
     generations = _generations(options, _plans(options, hosts))
+    if stdout and options.json:
+        _print_json({"hosts": {h: {p: d.decode() for p, d in g.files.items()} for h, g in generations.items()}})
+        return
     if stdout:
         for host, generation in generations.items():
             click.echo(report.files_text(host, generation.files), nl=False)
@@ -181,6 +186,7 @@ def _write_tree(folder: Path, generation: Generation) -> None:
 @click.option("--canary", type=click.IntRange(0), default=0, help="So many hosts first; the rest if they are well.")
 @click.option("--max-failures", type=click.IntRange(0), default=None, help="Start no more hosts after so many failed.")
 @click.option("--overwrite-drift", is_flag=True, help="Replace files that were changed on a host by hand.")
+@click.option("--adopt", is_flag=True, help="Take over units of the same name that labdeploy did not write.")
 @click.option("--watch", type=click.IntRange(0, 3600), default=None, help="Seconds a service must stay up.")
 @reporting
 def push(
@@ -192,6 +198,7 @@ def push(
     canary: int,
     max_failures: int | None,
     overwrite_drift: bool,
+    adopt: bool,
     watch: int | None,
 ) -> int:
     """Deploy, verify, switch, check health; where that fails the old generation comes back."""
@@ -214,8 +221,11 @@ def push(
         jobs,
         push_id,
         order=deploy.Order(canary, serial or 0, max_failures),
-        flags=[*(["dry-run"] if dry_run else []), *(["overwrite-drift"] if overwrite_drift else [])],
+        flags=[
+            name for name, on in {"dry-run": dry_run, "overwrite-drift": overwrite_drift, "adopt": adopt}.items() if on
+        ],
         watch_s=deploy.WATCH_S if watch is None else watch,
+        generations=generations,
     )
 
 
@@ -275,11 +285,13 @@ def _run(
     order: Any = None,  # noqa: ANN401
     flags: Sequence[str] = (),
     watch_s: int | None = None,
+    generations: Mapping[str, Generation] = MappingProxyType({}),
 ) -> int:
     """Do the jobs with live progress, print the recap, give the exit code."""
     from labdeploy import deploy, report  # noqa: PLC0415
+    from labdeploy.progress import Progress  # noqa: PLC0415
 
-    with report.Progress([job.host.name for job in jobs], verbose=options.verbose, quiet=options.json) as progress:
+    with Progress([job.host.name for job in jobs], verbose=options.verbose, quiet=options.json) as progress:
         outcomes = deploy.run_jobs(
             jobs,
             options.inventory.folder,
@@ -296,6 +308,8 @@ def _run(
     else:
         for outcome in outcomes:
             click.echo(report.outcome_text(outcome), nl=False)
+            if outcome.result == "would-change" and outcome.host in generations:
+                click.echo(report.dry_run_diff(outcome, generations[outcome.host]), nl=False)
     _tell_errors(outcomes)
     codes = [outcome.exit_code for outcome in outcomes]
     return max([*codes, 130 if progress.stop.is_set() and progress.interrupted else 0], default=0)
@@ -415,14 +429,14 @@ def check(options: Options, hosts: tuple[str, ...], samples: int) -> int:
 def logs(options: Options, host: str, service: str, follow: bool, lines: int) -> None:
     """Show the journal of a service."""
     from labdeploy.host import HostConnection  # noqa: PLC0415
-    from labdeploy.runners.base import unit_name  # noqa: PLC0415
     from labdeploy.schema import did_you_mean  # noqa: PLC0415
 
     target = options.inventory.host(host)
     if service not in target.services:
         near = did_you_mean(service, target.services)
-        raise InventoryError(f"{host} has no service {service!r}{near}", where=str(options.inventory.path))
-    argv = ["journalctl", "--no-pager", "-o", "short-iso", "-n", str(lines), "-u", unit_name(service)]
+        what, hint = f"{host} has no service {service!r}{near}", f"labdeploy plan {host}  (names its services)"
+        raise InventoryError(what, where=str(options.inventory.path), hint=hint)
+    argv = ["journalctl", "--no-pager", "-o", "short-iso", "-n", str(lines), "-u", target.services[service].unit or ""]
     with HostConnection(target, options.inventory.folder) as connection:
         for line in connection.stream([*argv, *(["-f"] if follow else [])]):
             click.echo(line)
@@ -457,6 +471,7 @@ def inspect(options: Options, source: str, name: str | None) -> None:
 
 
 @cli.command()
+@common
 def schema() -> None:
     """Print the JSON Schema of inventory.yaml, for editors."""
     from labdeploy import inventory  # noqa: PLC0415
@@ -485,7 +500,7 @@ def sandbox_up(options: Options, names: tuple[str, ...], suite: str) -> None:
 
     up = sandbox.up(list(names) or ["sandbox1"], suite, progress=lambda text: click.echo(text, err=True))
     _print_sandboxes(options, up)
-    path = sandbox.write_inventory(sandbox.default_state_dir())
+    path = sandbox.default_state_dir() / "inventory.yaml"
     if not options.json:
         click.echo(f"\nThey are in {path}. Give one a service there, then:")
         click.echo(f"  labdeploy -i {path} push {up[0].name}")
@@ -502,7 +517,6 @@ def sandbox_down(options: Options, names: tuple[str, ...], everything: bool) -> 
     if bool(names) == everything:
         raise click.UsageError("name the hosts to take down, or write --all")
     gone = sandbox.down(list(names) or None, progress=lambda text: click.echo(text, err=True))
-    sandbox.write_inventory(sandbox.default_state_dir())
     if options.json:
         _print_json({"down": list(gone)})
     else:

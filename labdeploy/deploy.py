@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime as dt
 import getpass
 import json
@@ -62,7 +63,13 @@ class Outcome:
     services: Mapping[str, ServiceOutcome] = field(default_factory=dict)
     log: tuple[tuple[str, str], ...] = ()
     """Last journal lines of a service that failed: (service, line)."""
-    drift: tuple[str, ...] = ()
+    note: str = ""
+    """Why it was skipped."""
+    would: tuple[str, ...] = ()
+    """The steps of a dry run, in order."""
+    deployed: Mapping[str, bytes] = field(default_factory=dict)
+    """Of a dry run: the units that would change, as they are deployed, by their path in a rendered tree."""
+    warnings: tuple[str, ...] = ()
     plan_before: Mapping[str, Any] = field(default_factory=dict)
     plan_after: Mapping[str, Any] = field(default_factory=dict)
 
@@ -99,9 +106,19 @@ class Order:
         batches = [first] if first else []
         return batches + [rest[i : i + size] for i in range(0, len(rest), size)]
 
+    def enough(self, failed: Sequence[Outcome], ended: int) -> str:
+        """Say why no more hosts shall be started, or nothing."""
+        if failed and self.canary and ended <= self.canary:
+            return f"the canary {failed[0].host} failed"
+        if self.max_failures is not None and len(failed) > self.max_failures:
+            return f"{len(failed)} hosts failed, --max-failures allows {self.max_failures}"
+        return ""
+
 
 class Stop(threading.Event):
-    """Set on Ctrl-C: hosts in flight finish, no other is started."""
+    """Set on Ctrl-C, or when enough hosts have failed: hosts in flight finish, no other is started."""
+
+    why = "interrupted before it was started"
 
 
 def new_push_id() -> str:
@@ -143,40 +160,24 @@ def run_jobs(
 
     def run_one(job: Job) -> Outcome:
         if stop.is_set():
-            return skipped(job, "interrupted before it was started")
+            return skipped(job, stop.why)
         return run_job(job, folder, push_id, ",".join(options) or "-", watch_s, on_line)
 
     for batch in order.batches(jobs):
-        failures = sum(outcome.error is not None for outcome in outcomes.values())
-        if order.max_failures is not None and failures > order.max_failures:
-            stop.set()
-        if any(outcome.error for outcome in outcomes.values()) and order.canary and len(outcomes) == order.canary:
+        if why := order.enough([outcome for outcome in outcomes.values() if outcome.error], len(outcomes)):
+            stop.why = why
             stop.set()
         with ThreadPoolExecutor(max_workers=min(WORKERS, len(batch))) as pool:
             futures: list[Future[Outcome]] = [pool.submit(run_one, job) for job in batch]
-            for future in _done(futures, stop):
+            for future in as_completed(futures):
                 outcomes[future.result().host] = future.result()
                 on_outcome(future.result())
     return [outcomes[job.host.name] for job in jobs]
 
 
-def _done(futures: list[Future[Outcome]], stop: Stop) -> Iterable[Future[Outcome]]:
-    """Yield futures as they end; the first Ctrl-C stops new hosts and lets those in flight end."""
-    left = set(futures)
-    while left:
-        try:
-            for future in as_completed(left):
-                left.discard(future)
-                yield future
-        except KeyboardInterrupt:
-            if stop.is_set():
-                raise
-            stop.set()
-
-
 def skipped(job: Job, why: str) -> Outcome:
     """Say that a host was left as it was."""
-    return Outcome(job.host.name, "skipped", error=None, services={}, drift=(why,))
+    return Outcome(job.host.name, "skipped", note=why)
 
 
 def run_job(
@@ -235,37 +236,47 @@ def outcome_of(job: Job, lines: Sequence[Line], error: LabdeployError | None, se
         generation=int(result.field(1)) if result else None,
         previous=int(result.field(2)) if result and result.field(2) else None,
         seconds=round(seconds, 2),
-        error=_error(job.host.name, said, result, failure, error),
+        error=_error(job.host, said, result, failure, error),
         services=_services(job, lines),
         log=tuple((line.field(0), line.field(1)) for line in lines if line.kind == "log"),
-        drift=tuple(line.field(0) for line in lines if line.kind == "drift"),
+        would=tuple(line.field(0) for line in lines if line.kind == "would"),
+        deployed={line.field(0): base64.b64decode(line.field(1)) for line in lines if line.kind == "deployed"},
+        warnings=tuple(f"{line.field(0)}: {line.field(1)}" for line in lines if line.kind == "warning"),
         plan_before=_plan(said.get("plan-before")),
         plan_after=_plan(said.get("plan-after")),
     )
 
 
 def _error(
-    host: str, said: Mapping[str, Line], result: Line | None, failure: Line | None, error: LabdeployError | None
+    host: Host, said: Mapping[str, Line], result: Line | None, failure: Line | None, error: LabdeployError | None
 ) -> LabdeployError | None:
     """Turn what went wrong on a host into its error, with what the host did about it."""
     if refused := said.get("refused"):
         kind = _REFUSALS.get(refused.field(0), LabdeployError)
-        return kind(refused.field(1), where=host, hint=refused.field(2))
+        hint = refused.field(2).replace("{host}", host.name).replace("{address}", host.address or host.name)
+        return kind(refused.field(1), where=host.name, hint=hint)
     why = failure.field(0) if failure else "the push was cut off"
-    logs = f"labdeploy logs {host} SERVICE -n 50"
+    service = why.partition(":")[0] if failure and ":" in why else next(iter(host.services), "SERVICE")
+    logs = f"labdeploy logs {host.name} {service} -n 50"
     if result is None:
-        if error:
-            return error
-        return LabdeployError(said["stderr"].field(0) if "stderr" in said else "no result came back", where=host)
+        return error or _silence(host, said)
     if result.field(0) == "needs-person":
         what = f"{why}; then generation {result.field(1)} did not come back either:{result.field(3)}"
-        return NeedsPersonError(what, where=host, hint=logs)
+        return NeedsPersonError(what, where=host.name, hint=logs)
     if result.field(0) == "rolled-back":
-        service = why.partition(":")[0]
-        return UnhealthyError(
-            f"{why}; generation {result.field(1)} is back", where=host, hint=logs.replace("SERVICE", service)
-        )
+        return UnhealthyError(f"{why}; generation {result.field(1)} is back", where=host.name, hint=logs)
     return None
+
+
+def _silence(host: Host, said: Mapping[str, Line]) -> LabdeployError:
+    """Say what is known of a host whose program ended without a result: power, network, or systemd-run itself."""
+    if "stderr" in said:
+        return LabdeployError(said["stderr"].field(0), where=host.name)
+    return HostError(
+        "the connection was lost before the end; the host goes back to its last good generation by itself",
+        where=host.name,
+        hint=f"labdeploy status {host.name}",
+    )
 
 
 def _services(job: Job, lines: Sequence[Line]) -> dict[str, ServiceOutcome]:
@@ -303,30 +314,6 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
             for name, service in outcome.services.items()
         },
     }
-
-
-def setting_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Name per service the settings that differ between two plans: `ctx_size 8192 -> 32768`."""
-    changes: dict[str, list[str]] = {}
-    old_services, new_services = before.get("services", {}), after.get("services", {})
-    for name, new in new_services.items():
-        old = old_services.get(name)
-        if old is None:
-            changes[name] = ["new"]
-            continue
-        old_settings, new_settings = old.get("settings", {}), new.get("settings", {})
-        pairs = {
-            key: (old_settings.get(key, {}).get("value"), new_settings.get(key, {}).get("value"))
-            for key in {**old_settings, **new_settings}
-        }
-        pairs |= {key: (old.get(key), new.get(key)) for key in ("runner", "model")}
-        found = [f"{key} {was} -> {now}" for key, (was, now) in pairs.items() if was != now]
-        if found:
-            changes[name] = found
-    for name in old_services:
-        if name not in new_services:
-            changes[name] = ["removed"]
-    return changes
 
 
 def _now() -> dt.datetime:

@@ -8,6 +8,8 @@ from typing import Literal
 
 from labdeploy.schema import Int, ListOf, Mib, OneOf, Record, Size, Text, setting
 
+SLOW_DISK_READ = Mib(100)  # a 7200 rpm SATA disk reads 80-160 MiB/s; no start may be called dead before that
+
 Vendor = Literal["nvidia", "amd", "intel", "software"]
 Backend = Literal["cuda", "rocm", "vulkan"]
 
@@ -51,7 +53,7 @@ class Gpu:
     """One GPU of a machine, in the order the driver lists them (by PCI bus)."""
 
     name: str = setting(Text("a GPU name"), "as people call it: `RTX 3090`")
-    vram: Mib = setting(Size(), "its own memory")
+    vram: Mib = setting(Size(least_mib=1), "its own memory")
     vendor: Vendor | None = setting(
         OneOf(("nvidia", "amd", "intel", "software")), "whose driver; default: told by the name", default=None
     )
@@ -84,15 +86,18 @@ class Hardware:
     """What a machine has."""
 
     cpu: Cpu = setting(Record(Cpu), "the processor")
-    ram: Mib = setting(Size(), "main memory")
+    ram: Mib = setting(Size(least_mib=1), "main memory")
     gpus: tuple[Gpu, ...] = setting(ListOf(Record(Gpu)), "GPUs in the order the driver lists them", default=())
+    disk_read: Mib = setting(
+        Size(), "what the disk with the models reads in a second; starts are given time by it", default=SLOW_DISK_READ
+    )
 
 
 @dataclass(frozen=True)
 class Reserve:
     """Memory that plans leave alone, for the system and everything labdeploy does not run."""
 
-    ram: Mib = setting(Size(), "main memory kept free for the system", default=Mib(1024))
-    vram: Mib = setting(
-        Size(), "memory of each GPU kept free for its desktop and for growth at run time", default=Mib(512)
+    ram: Mib | None = setting(Size(), "main memory kept free for the system; default: 1GiB", default=None)
+    vram: Mib | None = setting(
+        Size(), "memory of each GPU kept free for its desktop and for growth at run time; default: 512MiB", default=None
     )

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import http.client as http_client
 import io
+import logging
 import shlex
 import socket
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import paramiko
 from fabric import Config, Connection
 from paramiko.hostkeys import HostKeyEntry
 
-from labdeploy.errors import HostError
+from labdeploy.errors import HostError, ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 CONNECT_S = 10
 AUTH_S = 20
+logging.getLogger("paramiko").setLevel(logging.CRITICAL)  # it prints what we raise and explain
 CHANNEL_S = 20  # paramiko's own default is an hour
 KEEPALIVE_S = 15
 ANSWER_S = 60  # a question that changes nothing
@@ -128,6 +130,8 @@ class HostConnection:
         """Give the size of a file on the host."""
         with self._channel(_as_root(f"stat -Lc %s {shlex.quote(path)}"), ANSWER_S) as channel:
             said = b"".join(iter(lambda: channel.recv(1024), b"")).decode().strip()
+            if not said.isdigit() and channel.recv_exit_status() == 1:
+                raise ModelError(f"{path} is not there", where=self._host.name)
             self._check_end(channel, answered=said.isdigit())
             return int(said)
 
@@ -138,7 +142,7 @@ class HostConnection:
                 "direct-tcpip", (address, port), ("127.0.0.1", 0), timeout=CHANNEL_S
             )
         except paramiko.ChannelException as error:
-            what = f"cannot reach {address}:{port} from the host: {error.text}"
+            what = f"nothing answers at {address}:{port} on the host ({error.text})"
             raise HostError(what, where=self._host.name) from error
         channel.settimeout(timeout_s)
         connection = http_client.HTTPConnection(address, port, timeout=timeout_s)
@@ -248,7 +252,9 @@ class HostConnection:
             )
         if isinstance(error, TimeoutError):
             return HostError(f"{address}:{port} does not answer within {CONNECT_S} s", where=where)
-        said = str(error).strip() or type(error).__name__
+        if isinstance(error, paramiko.ssh_exception.NoValidConnectionsError):
+            error = next(iter(error.errors.values()))
+        said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
         return HostError(f"{address}:{port}: {said}", where=where, hint=f"ssh -p {port} {user}@{address} true")
 
 

@@ -53,9 +53,9 @@ def _read_remote(source: str, inventory: Inventory) -> gguf.GgufHeader:
     from labdeploy.host import HostConnection  # noqa: PLC0415
 
     name, _, path = source.partition(":")
-    folder, _, file = path.rpartition("/")
+    folder, slash, file = path.rpartition("/")
     with HostConnection(inventory.host(name), inventory.folder) as connection:
-        parts = [f"{folder}/{part}" if folder else part for part in gguf.part_names(file)]
+        parts = [f"{folder}{slash}{part}" for part in gguf.part_names(file)]
         return gguf.read_parts([(f"{name}:{part}", _RemoteFile(connection, part)) for part in parts])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from labdeploy.errors import InventoryError
-from labdeploy.hardware import Hardware, Reserve
+from labdeploy.hardware import Cpu, Hardware, Reserve
 from labdeploy.runners import RUNNERS
 from labdeploy.schema import (
     AbsolutePath,
@@ -23,6 +23,7 @@ from labdeploy.schema import (
     LocalPath,
     Login,
     MapOf,
+    Mib,
     ModelPath,
     Name,
     OneOf,
@@ -30,6 +31,7 @@ from labdeploy.schema import (
     Port,
     Problem,
     Record,
+    Text,
     Verbatim,
     compose,
     did_you_mean,
@@ -48,6 +50,10 @@ if TYPE_CHECKING:
 
 FILE_NAME = "inventory.yaml"
 ENV_NAME = "LABDEPLOY_INVENTORY"
+UnitName = Text("a unit name such as ollama.service", r"[A-Za-z0-9:_.-]{1,200}\.service")
+# Units that nobody means when they name a service of theirs, our own two among them.
+RESERVED_UNITS = ("labdeploy-txn.service", "labdeploy-recover.service", "systemd-*", "ssh*", "dbus*", "getty*")
+LEAST_RESERVE = (Mib(1024), Mib(512))  # RAM and VRAM left to the system, its desktop and growth at run time
 Purpose = Literal["experiment", "service", "throughput"]
 
 
@@ -94,6 +100,7 @@ class ServiceKeys:
         OneOf(("experiment", "service", "throughput")), "what it is for, where runner is auto", default="service"
     )
     bind: str = setting(IpAddress(), "address to listen on", default="127.0.0.1")
+    unit: str | None = setting(UnitName, "name of its systemd unit; default: labdeploy-NAME.service", default=None)
     api_key_file: str | None = setting(
         AbsolutePath, "file on the host that holds the API key; only root need be able to read it", default=None
     )
@@ -116,8 +123,8 @@ class ServiceKind:
     """Reads a service: the common keys plus those of its runner."""
 
     def read(self, node: yaml.Node, place: Place) -> Service | None:
-        """Return the service, or None where anything in it was wrong."""
-        before, known = len(place.problems), settings_of(ServiceKeys)
+        """Return the service: what is wrong is noted and left out; None where it has no model or port."""
+        known = settings_of(ServiceKeys)
         values: dict[str, Any] = {}
         rest: list[tuple[yaml.ScalarNode, yaml.Node]] = []
         for key, value in entries(node, place):
@@ -129,7 +136,8 @@ class ServiceKind:
             if required(declared) and name not in values:
                 place.problem(node, f"{name} is missing: {declared.metadata['doc']}")
         settings = self._runner_settings(values.get("runner", "auto"), rest, place)
-        return None if len(place.problems) > before else Service(**values, settings=settings)
+        read = {name: value for name, value in values.items() if value is not None}
+        return Service(**read, settings=settings) if "model" in read and "port" in read else None
 
     def _runner_settings(self, runner: str | None, rest: list[tuple[yaml.ScalarNode, yaml.Node]], place: Place) -> Any:  # noqa: ANN401
         """Read the keys that belong to the runner; a key of another runner is an unknown one here."""
@@ -163,7 +171,7 @@ class ServiceKind:
             "allOf": [
                 {
                     "if": {"properties": {"runner": {"const": name}}, "required": ["runner"]},
-                    "then": {"properties": record_schema(runner.settings)["properties"]},
+                    "then": _keys_of(runner.settings),
                 }
                 for name, runner in RUNNERS.items()
             ],
@@ -174,6 +182,12 @@ class ServiceKind:
         return "see [Service](#service)"
 
 
+def _keys_of(settings: type) -> dict[str, Any]:
+    """Describe the settings of one runner, and refuse those of the others."""
+    own = record_schema(settings)["properties"]
+    return {"properties": own, "propertyNames": {"enum": [*settings_of(ServiceKeys), *own]}}
+
+
 @dataclass(frozen=True)
 class Host:
     """A machine."""
@@ -181,7 +195,7 @@ class Host:
     hardware: Hardware = setting(Record(Hardware), "what it has")
     address: str | None = setting(Hostname, "host name or IP address; default: the host's own name", default=None)
     ssh: Ssh = setting(Record(Ssh), "how it is reached", default=Ssh())
-    reserve: Reserve | None = setting(Record(Reserve), "memory that plans leave alone", default=None)
+    reserve: Reserve = setting(Record(Reserve), "memory that plans leave alone", default=Reserve())
     models_dir: str | None = setting(AbsolutePath, "folder that holds its models", default=None)
     runners: Mapping[str, str] = setting(MapOf(Name, AbsolutePath), "where each runner's program is", default=dict)
     services: Mapping[str, Service] = setting(MapOf(Name, ServiceKind()), "what it shall serve", default=dict)
@@ -222,8 +236,11 @@ class Inventory(InventoryKeys):
         patterns = list(patterns)
         for pattern in patterns:
             found = set(fnmatch.filter(self.hosts, pattern))
-            for group in fnmatch.filter(self.groups, pattern):
-                found |= set(self.groups[group])
+            groups = fnmatch.filter(self.groups, pattern)
+            found |= {member for group in groups for member in self.groups[group]}
+            if groups and not found:
+                hint = f"name its hosts in {self.path}"
+                raise InventoryError(f"group {groups[0]} has no hosts", where=str(self.path), hint=hint)
             if not found:
                 near = did_you_mean(pattern, [*self.hosts, *self.groups])
                 raise InventoryError(
@@ -237,7 +254,8 @@ class Inventory(InventoryKeys):
     def host(self, name: str) -> Host:
         """Give one host by its exact name."""
         if name not in self.hosts:
-            raise InventoryError(f"no host is named {name!r}{did_you_mean(name, self.hosts)}", where=str(self.path))
+            what = f"no host is named {name!r}{did_you_mean(name, self.hosts)}"
+            raise InventoryError(what, where=str(self.path), hint="labdeploy plan  (names every host)")
         return self.hosts[name]
 
 
@@ -264,24 +282,35 @@ def load(path: Path) -> Inventory:
     keys = read_record(InventoryKeys, root, place)
     if keys is not None:
         _check_across(keys, root, place)
-    if place.problems or keys is None:
+    if keys is None or place.problems:
         raise InventoryProblemsError(place.problems, hint=f"labdeploy -i {path} render  (once they are mended)")
     hosts = {name: _complete(name, host, keys.defaults) for name, host in keys.hosts.items()}
     return Inventory(hosts=hosts, models=keys.models, groups=keys.groups, defaults=keys.defaults, path=path)
 
 
+def default_unit(service: str) -> str:
+    """Name the systemd unit of a service that names none."""
+    return f"labdeploy-{service}.service"
+
+
 def _complete(name: str, host: Host, defaults: Defaults) -> Host:
     """Fill in what a host leaves to the defaults."""
     ssh = Ssh(*(getattr(host.ssh, key) or getattr(defaults.ssh, key) for key in settings_of(Ssh)))
+    reserves = (host.reserve, defaults.reserve, Reserve(*LEAST_RESERVE))
+    ram = next(reserve.ram for reserve in reserves if reserve.ram is not None)
+    vram = next(reserve.vram for reserve in reserves if reserve.vram is not None)
     return dataclasses.replace(
         host,
         name=name,
         address=host.address or name,
         ssh=ssh,
-        reserve=host.reserve or defaults.reserve,
+        reserve=Reserve(ram, vram),
         models_dir=host.models_dir or defaults.models_dir,
         runners={**{n: r.default_binary for n, r in RUNNERS.items()}, **defaults.runners, **host.runners},
-        services={n: dataclasses.replace(service, name=n) for n, service in host.services.items()},
+        services={
+            n: dataclasses.replace(service, name=n, unit=service.unit or default_unit(n))
+            for n, service in host.services.items()
+        },
     )
 
 
@@ -290,17 +319,33 @@ def _complete(name: str, host: Host, defaults: Defaults) -> Host:
 
 def _check_across(keys: InventoryKeys, root: yaml.Node, place: Place) -> None:
     """Note what no single key can see: names that point nowhere, ports used twice, flags that a setting owns."""
+    hosts, models = _below(root, "hosts"), _below(root, "models")
     for name, members in keys.groups.items():
         at = f"groups.{name}"
-        if name in keys.hosts:
+        if name in hosts:
             _note(root, place, at, "is the name of a host too")
         for member in members:
-            if member not in keys.hosts:
-                _note(root, place, at, f"{member!r} is not a host{did_you_mean(member, keys.hosts)}")
+            if member not in hosts:
+                _note(root, place, at, f"{member!r} is not a host{did_you_mean(member, hosts)}")
     _check_runners(keys.defaults.runners, "defaults", root, place)
-    for name, host in keys.hosts.items():
+    for name, node in hosts.items():
+        host = keys.hosts.get(name) or Host(Hardware(Cpu(1), Mib(0)), services=_services(node))
         _check_runners(host.runners, f"hosts.{name}", root, place)
-        _check_services(name, host, keys, root, place)
+        _check_services(name, host, models, root, place)
+        if not any(problem.path.startswith(f"hosts.{name}.hardware") for problem in place.problems):
+            _check_gpus(name, host, root, place)
+
+
+def _below(node: yaml.Node, key: str) -> dict[str, yaml.Node]:
+    """Give what stands below a key of a mapping by name, whether it could be read or not."""
+    nodes = {k.value: v for k, v in entries(node, Place("", ""))}
+    return {k.value: v for k, v in entries(nodes[key], Place("", ""))} if key in nodes else {}
+
+
+def _services(host: yaml.Node) -> dict[str, Service]:
+    """Give the services of a host that could not be read as a whole; what is wrong with them was noted already."""
+    found = {name: ServiceKind().read(node, Place("", "")) for name, node in _below(host, "services").items()}
+    return {name: service for name, service in found.items() if service is not None}
 
 
 def _check_runners(runners: Mapping[str, str], at: str, root: yaml.Node, place: Place) -> None:
@@ -309,19 +354,34 @@ def _check_runners(runners: Mapping[str, str], at: str, root: yaml.Node, place: 
             _note(root, place, f"{at}.runners.{name}", f"is not a runner{did_you_mean(name, RUNNERS)}")
 
 
-def _check_services(host_name: str, host: Host, keys: InventoryKeys, root: yaml.Node, place: Place) -> None:
+def _check_services(host_name: str, host: Host, models: Iterable[str], root: yaml.Node, place: Place) -> None:
     taken: dict[int, list[tuple[str, str]]] = {}
+    units: dict[str, str] = {}
     for name, service in host.services.items():
         at = f"hosts.{host_name}.services.{name}"
-        if service.model not in keys.models:
-            what = f"{service.model!r} is not under models{did_you_mean(service.model, keys.models)}"
+        if service.model not in models:
+            what = f"{service.model!r} is not under models{did_you_mean(service.model, models)}"
             _note(root, place, f"{at}.model", what)
         for other, bind in taken.get(service.port, []):
             if _overlap(bind, service.bind):
                 _note(root, place, f"{at}.port", f"{service.port} is already the port of {other} on this host")
         taken.setdefault(service.port, []).append((name, service.bind))
+        unit = service.unit or default_unit(name)
+        if unit in units:
+            _note(root, place, f"{at}.unit", f"{unit} is already the unit of {units[unit]} on this host")
+        if any(fnmatch.fnmatch(unit, reserved) for reserved in RESERVED_UNITS):
+            _note(root, place, at, f"{unit} is a unit of labdeploy itself or of the system; take another name")
+        units[unit] = name
         for flag, key in _owned_flags(service):
             _note(root, place, f"{at}.flags", f"{flag} is set by the plan; {key}")
+
+
+def _check_gpus(host_name: str, host: Host, root: yaml.Node, place: Place) -> None:
+    for name, service in host.services.items():
+        for gpu in getattr(service.settings, "gpus", None) or ():
+            if gpu >= len(host.hardware.gpus):
+                what = f"names GPU {gpu}, the host has {len(host.hardware.gpus)}, counted from 0"
+                _note(root, place, f"hosts.{host_name}.services.{name}.gpus", what)
 
 
 def _overlap(one: str, other: str) -> bool:

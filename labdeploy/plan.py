@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from labdeploy.errors import FitError
+from labdeploy.errors import FitError, InventoryError
 from labdeploy.runners import RUNNERS
 from labdeploy.runners.base import Budget, GpuBudget, Request, ServicePlan
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from labdeploy.hardware import Gpu
     from labdeploy.inventory import Host, Service
     from labdeploy.models.model import ModelBook, ModelFacts
+
+
+LEAST_SELF_SIZED_CONTEXT_MIB = 1024  # what vLLM is left at least for its KV cache: 8192 tokens of an 8B model in bf16
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,11 @@ class HostPlan:
     @property
     def ram_usable_mib(self) -> int:
         """Main memory that plans may use."""
-        return _usable(self.host.hardware.ram, self.host.reserve.ram if self.host.reserve else 0)
+        return _usable(self.host.hardware.ram, self.host.reserve.ram)
+
+    def vram_usable_mib(self, index: int) -> int:
+        """Memory of a GPU that plans may use."""
+        return _usable(self.host.hardware.gpus[index].vram, self.host.reserve.vram)
 
     @property
     def fits(self) -> bool:
@@ -42,17 +49,55 @@ class HostPlan:
 
 
 def plan_host(host: Host, book: ModelBook) -> HostPlan:
-    """Plan the services of a host together: those with a size of their own first, then those that take what is left.
+    """Plan the services of a host together.
 
-    A service that does not fit still gets a plan, which says by how much; `require_fit` refuses it.
+    First everyone's least useful need is found, then each gets that and its share of what is left over: in the order
+    of `_planning_rank`, so that what one does not need the next ones have. A service that does not fit still gets a
+    plan, which says by how much; `require_fit` refuses it.
     """
     requests = {name: _request(host, service, book) for name, service in host.services.items()}
+    order = sorted(requests, key=lambda name: _planning_rank(requests[name]))
+    least: dict[str, ServicePlan] = {}
+    for name in order if len(order) > 1 else ():
+        budget = dataclasses.replace(_budget(host, least, requests, name), least=True)
+        least[name] = _least_needed(_plan(host, requests[name], budget))
     planned: dict[str, ServicePlan] = {}
-    for name in sorted(requests, key=lambda name: _planning_rank(requests[name])):
-        waiting = [r for n, r in requests.items() if n not in planned and RUNNERS[r.runner].sizes_itself]
-        budget = _budget(host, planned.values(), len(requests), max(1, len(waiting)))
-        planned[name] = RUNNERS[requests[name].runner].plan(requests[name], budget)
+    for name in order:
+        later = {other: least[other] for other in order[len(planned) + 1 :]}
+        budget = _budget(host, {**planned, **later}, requests, name)
+        shared = _share(budget, least[name], list(later.values())) if later else budget
+        planned[name] = _plan(host, requests[name], shared)
     return HostPlan(host, tuple(_in_start_order(host, planned)))
+
+
+def _plan(host: Host, request: Request, budget: Budget) -> ServicePlan:
+    try:
+        return RUNNERS[request.runner].plan(request, budget)
+    except InventoryError as error:
+        raise InventoryError(error.what, where=f"{host.name}: {request.name}", hint=error.hint) from None
+
+
+def _least_needed(plan: ServicePlan) -> ServicePlan:
+    """Cut the context of a service that takes what is left down to a useful least."""
+    if not RUNNERS[plan.runner].sizes_itself:
+        return plan
+    parts = {
+        device: dataclasses.replace(part, context_mib=min(part.context_mib, LEAST_SELF_SIZED_CONTEXT_MIB))
+        for device, part in plan.memory.items()
+    }
+    return dataclasses.replace(plan, memory=parts)
+
+
+def _share(budget: Budget, least: ServicePlan, later: list[ServicePlan]) -> Budget:
+    """Leave a service, on each device, its least need and an equal share of what is left for those still to plan."""
+
+    def allowed(device: str, free_mib: float) -> float:
+        own = least.memory[device].total_mib if device in least.memory else 0.0
+        waiting = sum(device in other.memory for other in later)
+        return own + max(0.0, free_mib - own) / (waiting + 1)
+
+    gpus = tuple(dataclasses.replace(gpu, free_mib=allowed(gpu.id, gpu.free_mib)) for gpu in budget.gpus)
+    return dataclasses.replace(budget, gpus=gpus, ram_mib=allowed("host", budget.ram_mib))
 
 
 def _planning_rank(request: Request) -> tuple[bool, bool]:
@@ -72,8 +117,8 @@ def require_fit(plans: Iterable[HostPlan]) -> None:
     raise FitError(what, hint=f"hosts.{host}.services.{first.name}: {ways}")
 
 
-def _usable(total: int, reserve: int) -> int:
-    return max(0, total - reserve)
+def _usable(total: int, reserve: int | None) -> int:
+    return max(0, total - (reserve or 0))
 
 
 def _request(host: Host, service: Service, book: ModelBook) -> Request:
@@ -82,6 +127,7 @@ def _request(host: Host, service: Service, book: ModelBook) -> Request:
     runner, why = choose_runner(service, model)
     return Request(
         name=service.name,
+        unit=service.unit or "",
         runner=runner,
         runner_why=why,
         model=model,
@@ -108,11 +154,12 @@ def choose_runner(service: Service, model: ModelFacts) -> tuple[str, str]:
     return "llama-server", "for a service: one model, every setting fixed, the least that can go wrong"
 
 
-def _budget(host: Host, planned: Iterable[ServicePlan], n_services: int, sharers: int) -> Budget:
-    """Give what is left of a host after the services planned so far."""
-    planned = list(planned)
-    hardware, reserve = host.hardware, host.reserve
-    reserved_ram, reserved_vram = (reserve.ram, reserve.vram) if reserve else (0, 0)
+def _budget(host: Host, taken: Mapping[str, ServicePlan], requests: Mapping[str, Request], name: str) -> Budget:
+    """Give what is left of a host for a service after what others have taken."""
+    planned = [plan for other, plan in taken.items() if other != name]
+    n_services = len(requests)
+    waiting = [r for n, r in requests.items() if n not in taken and RUNNERS[r.runner].sizes_itself]
+    hardware = host.hardware
     cores = hardware.cpu.compute_cores
     threads = max(1, cores // max(1, n_services))
     kind = "physical" if cores == hardware.cpu.cores else "performance"
@@ -124,15 +171,16 @@ def _budget(host: Host, planned: Iterable[ServicePlan], n_services: int, sharers
                 api_index=sum(other.api == gpu.api for other in hardware.gpus[:i]),
                 gpu=gpu,
                 total_mib=gpu.vram,
-                free_mib=_usable(gpu.vram, reserved_vram) - _taken(planned, f"gpu{i}"),
+                free_mib=_usable(gpu.vram, host.reserve.vram) - _taken(planned, f"gpu{i}"),
             )
             for i, gpu in enumerate(hardware.gpus)
         ),
-        ram_mib=_usable(hardware.ram, reserved_ram) - _taken(planned, "host"),
+        ram_mib=_usable(hardware.ram, host.reserve.ram) - _taken(planned, "host"),
         threads=threads,
         threads_why=f"{cores} {kind} cores{share}",
         cpu_features=hardware.cpu.features,
-        gpu_sharers=sharers,
+        disk_mib_per_s=hardware.disk_read,
+        gpu_sharers=max(1, len(waiting)),
     )
 
 
@@ -173,12 +221,11 @@ def to_json(plan: HostPlan) -> dict[str, Any]:
 
 
 def _device_json(plan: HostPlan, index: int, gpu: Gpu) -> dict[str, Any]:
-    reserve = plan.host.reserve.vram if plan.host.reserve else 0
     return {
         "id": f"gpu{index}",
         "name": gpu.name,
         "total_mib": gpu.vram,
-        "usable_mib": _usable(gpu.vram, reserve),
+        "usable_mib": plan.vram_usable_mib(index),
         "planned_mib": math.ceil(plan.planned_mib(f"gpu{index}")),
     }
 
@@ -203,5 +250,29 @@ def _service_json(service: ServicePlan) -> dict[str, Any]:
 def _memory_json(device: str, part: Any) -> dict[str, float]:  # noqa: ANN401
     keys = [field.name for field in dataclasses.fields(part)]
     if device != "host":
-        keys = [key for key in keys if key not in ("repack_mib", "file_mib", "cache_mib")]
+        keys = [key for key in keys if key not in ("repack_mib", "cache_mib")]
     return {key: round(getattr(part, key), 2) for key in keys}
+
+
+def setting_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Name per service the settings that differ between two plans: `ctx_size 8192 -> 32768`."""
+    changes: dict[str, list[str]] = {}
+    old_services, new_services = before.get("services", {}), after.get("services", {})
+    for name, new in new_services.items():
+        old = old_services.get(name)
+        if old is None:
+            changes[name] = ["new"]
+            continue
+        old_settings, new_settings = old.get("settings", {}), new.get("settings", {})
+        pairs = {
+            key: (old_settings.get(key, {}).get("value"), new_settings.get(key, {}).get("value"))
+            for key in {**old_settings, **new_settings}
+        }
+        pairs |= {key: (old.get(key), new.get(key)) for key in ("runner", "model")}
+        found = [f"{key} {was} -> {now}" for key, (was, now) in pairs.items() if was != now]
+        if found:
+            changes[name] = found
+    for name in old_services:
+        if name not in new_services:
+            changes[name] = ["removed"]
+    return changes

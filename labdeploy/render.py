@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,16 @@ from jinja2 import (
     ChoiceLoader,
     Environment,
     FileSystemLoader,
+    PrefixLoader,
     StrictUndefined,
     TemplateError,
     TemplateNotFound,
+    TemplateSyntaxError,
 )
 
 from labdeploy import plan as planning
 from labdeploy.errors import InventoryError, LabdeployError
+from labdeploy.schema import CONTROL
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,7 +30,17 @@ if TYPE_CHECKING:
     from labdeploy.plan import HostPlan
     from labdeploy.runners.base import GpuBudget, Memory, ServicePlan
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+# What a mistake in a user's template can raise while it is read or rendered.
+TEMPLATE_MISTAKES = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 
 class Escaped(str):
@@ -43,7 +57,7 @@ def plain(value: object) -> Escaped:
     text = str(value)
     if isinstance(value, Escaped):
         return value
-    if _CONTROL.search(text) or text.endswith("\\"):
+    if CONTROL.search(text) or text.endswith("\\"):
         raise LabdeployError(f"{text!r} cannot be written as a unit setting")
     return Escaped(text.replace("%", "%%"))
 
@@ -68,8 +82,13 @@ def assignment(pair: tuple[str, str]) -> Escaped:
     return Escaped(_quoted(f"{pair[0]}={pair[1]}"))
 
 
+def path(text: str) -> Escaped:
+    """Write one path of a list of paths, where `$` means nothing."""
+    return Escaped(_quoted(text))
+
+
 def _quoted(text: str) -> str:
-    if _CONTROL.search(text):
+    if CONTROL.search(text):
         raise LabdeployError(f"{text!r} cannot be written into a unit: it holds a control character")
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return escaped if re.fullmatch(r"[^\s'\"\\;]+", text) else f'"{escaped}"'
@@ -89,7 +108,7 @@ def _shown(value: Any) -> str:  # noqa: ANN401
 
 def _breakdown(part: Memory) -> str:
     """Say what a service takes on a device."""
-    kinds = ("model", "context", "compute", "overhead", "repack", "file", "cache")
+    kinds = ("model", "context", "compute", "overhead", "repack", "cache")
     parts = [f"{kind} {getattr(part, kind + '_mib'):.0f}" for kind in kinds if getattr(part, kind + "_mib")]
     return f"{part.total_mib:.0f} = " + " + ".join(parts or ["0"])
 
@@ -122,7 +141,8 @@ def _device_groups(gpus: Iterable[GpuBudget]) -> list[str]:
 
 def _protect_home(service: ServicePlan) -> str:
     """Hide home folders, but for reading where the model or the program lies in one."""
-    in_home = [p for p in (service.model_path, service.argv[0]) if p.startswith(("/home/", "/root/"))]
+    paths = (service.model_path, service.argv[0], service.facts.get("store", ""))
+    in_home = [p for p in paths if p.startswith(("/home/", "/root/"))]
     return "read-only" if in_home else "yes"
 
 
@@ -140,22 +160,28 @@ def render_host(plan: HostPlan, environment: Environment) -> dict[str, bytes]:
     """Render every file of a host: path below the host's folder to its bytes.
 
     `systemd/UNIT` is installed as it is; `services/NAME` is what the program on the host needs to know of a service
-    (how to tell that it serves); `plan.json` is the plan, kept with the generation.
+    (how to tell that it serves); `units` lists units and their services in the order they start; `plan.json` is the
+    plan, kept with the generation.
     """
     files: dict[str, bytes] = {}
     for service in plan.services:
         files[f"systemd/{service.unit}"] = _unit(service, environment).encode()
         files[f"services/{service.name}"] = _service_facts(service).encode()
+    files["units"] = "".join(f"{service.unit} {service.name}\n" for service in plan.services).encode()
     files["plan.json"] = (json.dumps(planning.to_json(plan), indent=1) + "\n").encode()
     return files
 
 
 def environment(inventory_folder: Path | None = None) -> Environment:
-    """Give a Jinja environment in which a template beside the inventory overrides ours of the same name."""
+    """Give a Jinja environment in which a template beside the inventory overrides ours of the same name.
+
+    Ours can always be had as `shipped/NAME`, so that a template may extend the one it overrides.
+    """
     own = [FileSystemLoader(inventory_folder / "templates")] if inventory_folder else []
+    shipped = FileSystemLoader(_shipped_templates())
     return _configured(
         Environment(  # noqa: S701 (units are not HTML; `finalize` escapes every value)
-            loader=ChoiceLoader([*own, FileSystemLoader(_shipped_templates())]),
+            loader=ChoiceLoader([*own, shipped, PrefixLoader({"shipped": shipped})]),
             undefined=StrictUndefined,
             finalize=plain,
             trim_blocks=True,
@@ -170,6 +196,7 @@ def _configured(environment: Environment) -> Environment:
         "words": words,
         "word": word,
         "assignment": assignment,
+        "path": path,
         "shown": _shown,
         "breakdown": _breakdown,
         "api": _uses_api,
@@ -194,10 +221,17 @@ def _unit(service: ServicePlan, environment: Environment) -> str:
         text = environment.get_template(name).render(plan=service)
     except TemplateNotFound as error:
         raise InventoryError(f"no template named {error.name}", where=service.name) from None
-    except TemplateError as error:
-        where = f"{getattr(error, 'filename', None) or name}:{getattr(error, 'lineno', '?')}"
-        raise InventoryError(f"template error: {error}", where=where) from None
+    except TEMPLATE_MISTAKES as error:
+        raise InventoryError(f"template error: {error}", where=_template_line(error, name)) from None
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _template_line(error: Exception, name: str) -> str:
+    """Say where in a template it went wrong: a syntax error knows, for others Jinja puts templates in the traceback."""
+    if isinstance(error, TemplateSyntaxError):
+        return f"{error.filename or error.name or name}:{error.lineno}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(".j2")]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else name
 
 
 def _service_facts(service: ServicePlan) -> str:
@@ -213,9 +247,11 @@ def _service_facts(service: ServicePlan) -> str:
         "deadline_s": health.deadline_s,
         "bind": service.bind,
         "port": service.port,
+        "gpu": ",".join(sorted({gpu.gpu.api for gpu in service.gpus})),
         "binary": service.argv[0],
         "model": service.model_path,
         "model_bytes": service.model_bytes,
+        "served": health.model,
         "api_key_file": service.api_key_file or "",
     }
     for value in map(str, facts.values()):

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import difflib
-import signal
-import sys
 import textwrap
-import threading
-import time
 from typing import TYPE_CHECKING, Any
 
-from labdeploy.deploy import Stop, setting_changes
 from labdeploy.errors import LabdeployError
+from labdeploy.plan import setting_changes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-    from types import FrameType
 
     from labdeploy.check import Report
     from labdeploy.deploy import Outcome
     from labdeploy.fleet import Files, History, HostState
     from labdeploy.generation import Generation
-    from labdeploy.host import Line
     from labdeploy.plan import HostPlan
     from labdeploy.runners.base import ServicePlan
 
 WIDTH = 79
-HEARTBEAT_S = 10  # a step that says nothing for longer looks like a hang
 
 
 # --- plan and render ----------------------------------------------------------------------------------------------
@@ -36,8 +29,7 @@ def plan_text(plan: HostPlan) -> str:
     """Say what a host's devices hold and why each setting is what it is."""
     out = [plan.host.name]
     for i, gpu in enumerate(plan.host.hardware.gpus):
-        reserve = plan.host.reserve.vram if plan.host.reserve else 0
-        out.append(_device_line(f"gpu{i}", gpu.name, plan.planned_mib(f"gpu{i}"), gpu.vram - reserve, gpu.vram))
+        out.append(_device_line(f"gpu{i}", gpu.name, plan.planned_mib(f"gpu{i}"), plan.vram_usable_mib(i), gpu.vram))
     ram = plan.host.hardware.ram
     out.append(_device_line("ram", "", plan.planned_mib("host"), plan.ram_usable_mib, ram))
     for service in plan.services:
@@ -54,6 +46,7 @@ def _service_lines(service: ServicePlan) -> list[str]:
     lines = [f"  {service.name}: {service.runner} serves {service.model} on {service.bind} port {service.port}"]
     for key, choice in service.settings.items():
         value = ",".join(map(str, choice.value)) or "none" if isinstance(choice.value, tuple) else choice.value
+        value = str(value).lower() if isinstance(value, bool) else value
         lines.append(_wrapped(f"{key:<16} {value}", f"({choice.why})"))
     for device, part in service.memory.items():
         lines.append(f"    memory on {device}: {part.total_mib:.0f} MiB")
@@ -77,20 +70,21 @@ def files_text(host: str, files: Mapping[str, bytes]) -> str:
 
 def outcome_text(outcome: Outcome) -> str:
     """Say what became of a host: what changed, how long it took, what to know."""
-    lines = [f"  | {service}: {text}" for service, text in outcome.log]
+    lines = [f"{outcome.host}: | {service}: {text}" for service, text in outcome.log]
     changes = setting_changes(outcome.plan_before, outcome.plan_after)
     told = "; ".join(f"{name} {', '.join(found)}" for name, found in sorted(changes.items()))
     if outcome.result == "unchanged":
         lines.append(f"{outcome.host}: no changes")
     elif outcome.result == "skipped":
-        lines.append(f"{outcome.host}: skipped: {'; '.join(outcome.drift)}; it is as it was")
+        lines.append(f"{outcome.host}: skipped: {outcome.note}; it is as it was")
     elif outcome.result == "would-change":
-        lines += _fold(f"{outcome.host}: would go to generation {outcome.generation}: {told or 'files only'}")
-        lines += [f"{outcome.host}: {name} would be {s.action}" for name, s in outcome.services.items()]
-        lines += [f"{outcome.host}: changed by hand: {text}" for text in outcome.drift]
+        lines += _fold(f"{outcome.host}: would go to generation {outcome.generation}{f': {told}' if told else ''}")
+        lines += [f"{outcome.host}: would {step}" for step in outcome.would]
     elif outcome.result == "changed":
-        numbers = f"generation {outcome.generation} (was {outcome.previous})"
-        lines += _fold(f"{outcome.host}: {numbers}: {told or 'files only'}")
+        if outcome.generation != outcome.previous:
+            numbers = f"generation {outcome.generation} (was {outcome.previous})"
+            lines += _fold(f"{outcome.host}: {numbers}{f': {told}' if told else ''}")
+        lines += _fold_all(f"{outcome.host}: warning: {text}" for text in outcome.warnings)
         lines.append(f"{outcome.host}: {_actions(outcome)}, {outcome.seconds:.1f} s in all")
     return "".join(f"{line}\n" for line in lines)
 
@@ -104,102 +98,20 @@ def _actions(outcome: Outcome) -> str:
     return "; ".join(done) or "nothing had to restart"
 
 
+def dry_run_diff(outcome: Outcome, generation: Generation) -> str:
+    """Show what a dry run would change in the units of a host."""
+    rendered = {path: data for path, data in generation.files.items() if path in outcome.deployed}
+    fresh = [line.removeprefix("install /etc/systemd/system/") for line in outcome.would if line.startswith("install ")]
+    rendered |= {f"systemd/{unit}": generation.files[f"systemd/{unit}"] for unit in fresh}
+    return _unified(outcome.deployed, rendered, "deployed", "rendered")
+
+
+def _fold_all(texts: Iterable[str]) -> list[str]:
+    return [line for text in texts for line in _fold(text)]
+
+
 def _fold(text: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-
-
-_STEPS = {
-    "receive": "sending",
-    "verify": "checking files, room and units",
-    "stage": "writing generation",
-    "arm": "preparing the way back",
-    "switch": "installing generation",
-    "started": "starting",
-    "restarted": "restarting",
-    "probe": "asking for one token from",
-    "watch": "watching for seconds:",
-    "back": "going back to generation",
-}
-
-
-class Progress:
-    """What each host is doing: in place on a terminal, else a line when something took long; all on stderr.
-
-    While it is open, the first Ctrl-C stops starting hosts and lets those in flight end; the second one interrupts.
-    """
-
-    def __init__(self, hosts: Sequence[str], *, verbose: bool, quiet: bool) -> None:
-        self.stop = Stop()
-        self.interrupted = False
-        self._steps = dict.fromkeys(hosts, "connecting")
-        self._since = dict.fromkeys(hosts, time.monotonic())
-        self._lock = threading.Lock()
-        self._verbose = verbose
-        self._live: Any = None
-        self._fancy = sys.stderr.isatty() and not quiet and not verbose
-        self._ended = threading.Event()
-        self._beat = threading.Thread(target=self._heartbeat, daemon=True)
-        self._before: Any = None
-
-    def __enter__(self) -> Progress:  # noqa: PYI034 (typing.Self would say no more here)
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._interrupt)
-        if self._fancy:
-            from rich.console import Console  # noqa: PLC0415
-            from rich.live import Live  # noqa: PLC0415
-
-            console = Console(stderr=True)
-            self._live = Live(console=console, get_renderable=self._table, refresh_per_second=8, transient=True)
-            self._live.start()
-        else:
-            self._beat.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        if self._live:
-            self._live.stop()
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def line(self, host: str, line: Line) -> None:
-        """Take note of a line the host said."""
-        if line.kind != "step":
-            return
-        words = [_STEPS.get(line.field(0), line.field(0)), line.field(1)]
-        self._step(host, " ".join(word for word in words if word))
-
-    def done(self, outcome: Outcome) -> None:
-        """Take note that a host is done."""
-        with self._lock:
-            self._steps.pop(outcome.host, None)
-
-    def _step(self, host: str, text: str) -> None:
-        with self._lock:
-            self._steps[host], self._since[host] = text, time.monotonic()
-        if self._verbose:
-            print(f"{host}: {text}", file=sys.stderr, flush=True)  # noqa: T201
-
-    def _interrupt(self, _signal: int, _frame: FrameType | None) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
-        self.stop.set()
-        print("interrupted: hosts in flight finish, no other is started", file=sys.stderr)  # noqa: T201
-
-    def _heartbeat(self) -> None:
-        while not self._ended.wait(HEARTBEAT_S):
-            with self._lock:
-                busy = [f"{h}: {text}, {time.monotonic() - self._since[h]:.0f} s" for h, text in self._steps.items()]
-            for text in busy:
-                print(text, file=sys.stderr, flush=True)  # noqa: T201
-
-    def _table(self) -> Any:  # noqa: ANN401
-        from rich.text import Text  # noqa: PLC0415
-
-        with self._lock:
-            rows = [f"{h}: {text}, {time.monotonic() - self._since[h]:.0f} s" for h, text in self._steps.items()]
-        return Text("\n".join(rows))
 
 
 # --- looking ------------------------------------------------------------------------------------------------------
@@ -250,20 +162,20 @@ def state_text(states: Mapping[str, HostState | LabdeployError]) -> str:
     notes = []
     for host, state in states.items():
         if isinstance(state, LabdeployError):
-            rows.append((host, "-", "unreachable", "-", "-", "-", "-"))
+            rows.append((host, "-", "unreachable", "-", "-", "-", "-", "-"))
             continue
         for name, service in state.services.items():
             health = "healthy" if service.healthy else "NOT HEALTHY"
             planned = _planned_ram(state, name)
             memory = f"{service.memory_mib if service.memory_mib is not None else '?'}/{planned or '?'}"
-            row = (host, state.generation, name, service.active, health, service.restarts, memory)
-            rows.append(row)
+            since = " ".join(service.since.split()[1:3]) if service.active == "active" else "-"
+            rows.append((host, state.generation, name, service.active, health, since, service.restarts, memory))
         if not state.services:
-            rows.append((host, state.generation, "no services", "-", "-", "-", "-"))
+            rows.append((host, state.generation, "no services", "-", "-", "-", "-", "-"))
         if state.pending:
             notes.append(f"{host}: a push is not confirmed yet, or was cut off")
         notes += [f"{host}: changed by hand: {text}" for text in state.drift]
-    head = ("HOST", "GEN", "SERVICE", "STATE", "HEALTH", "RESTARTS", "RAM MIB/PLAN")
+    head = ("HOST", "GEN", "SERVICE", "STATE", "HEALTH", "UP SINCE", "RESTARTS", "RAM MIB/PLAN")
     return table(head, rows) + "".join(f"{note}\n" for note in notes)
 
 
@@ -284,6 +196,7 @@ def history_json(found: History | LabdeployError) -> dict[str, Any]:
                 "state": found.state_of(number),
             }
             for number, manifest in sorted(found.manifests.items())
+            if number or manifest.get("adopted")
         ],
         "journal": [
             {
@@ -303,6 +216,8 @@ def history_json(found: History | LabdeployError) -> dict[str, Any]:
 
 def _changed(found: History, number: int) -> list[str]:
     """List the services that the push of a generation changed; also where it was undone."""
+    if number == 0:
+        return []
     first = next((e for e in found.journal if number in (e.from_, e.to) and e.push_id == _push_id(found, number)), None)
     return list(first.changed) if first else []
 
@@ -320,10 +235,10 @@ def history_text(histories: Mapping[str, History | LabdeployError]) -> str:
         for item in reversed(history_json(found)["generations"]):
             mark = "*" if item["number"] == found.current else " "
             what = ", ".join(item["changed"]) or "-"
-            rows.append((host, f"{mark}{item['number']}", item["at"][:16], item["by"], item["state"], what))
+            rows.append((host, f"{mark}{item['number']}", item["push_id"], item["by"], item["state"], what))
         if not found.manifests:
             rows.append((host, " -", "-", "-", "nothing was pushed yet", "-"))
-    return table(("HOST", " GEN", "WHEN (UTC)", "WHO", "STATE", "CHANGED"), rows)
+    return table(("HOST", " GEN", "PUSH ID (WHEN, UTC)", "WHO", "STATE", "CHANGED"), rows)
 
 
 def diffs(generation: Generation, files: Files) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class Place:
 
     def key(self, name: str) -> Place:
         """Give the place of a key below this one."""
+        name = name if name.isprintable() else repr(name)
         return Place(self.file, f"{self.path}.{name}" if self.path else name, self.problems)
 
     def item(self, index: int) -> Place:
@@ -101,7 +102,9 @@ def required(declared: dataclasses.Field[Any]) -> bool:
 # --- scalars ---------------------------------------------------------------------------------------------------
 
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+# Controls, line separators, lone surrogates, and Unicode's noncharacters: systemd drops a line that holds one.
+_NONCHARACTERS = "\ufdd0-\ufdef" + "".join(chr(plane << 16 | low) for plane in range(17) for low in (0xFFFE, 0xFFFF))
+CONTROL = re.compile(f"[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff{_NONCHARACTERS}]")
 _UNIT_OR_SHELL = re.compile(r"[%$`\"\\]")
 
 
@@ -126,7 +129,7 @@ class Text:
         text = _scalar(node, place, self.what)
         if text is None:
             return None
-        if found := _CONTROL.search(text):
+        if found := CONTROL.search(text):
             place.problem(node, f"{text!r} holds a line break or control character ({found.group()!r})")
         elif found := _UNIT_OR_SHELL.search(text):
             place.problem(node, f"{text!r} holds {found.group()}, which units or shells read specially")
@@ -195,7 +198,7 @@ class IpAddress:
     """An address to listen on."""
 
     def read(self, node: yaml.Node, place: Place) -> str | None:
-        """Return the address as written."""
+        """Return the address in its shortest form, so that the same one is always written the same."""
         text = Text("an IP address").read(node, place)
         if text is None:
             return None
@@ -204,7 +207,7 @@ class IpAddress:
         except ValueError:
             place.problem(node, f"{text!r} is not an IP address; write 127.0.0.1 (this host only) or 0.0.0.0")
             return None
-        return text
+        return str(ipaddress.ip_address(text))
 
     def json_schema(self) -> dict[str, Any]:
         """Describe the address."""
@@ -222,7 +225,7 @@ class Verbatim:
     def read(self, node: yaml.Node, place: Place) -> str | None:
         """Return the text as it is."""
         text = _scalar(node, place, "text")
-        if text is not None and (found := _CONTROL.search(text)):
+        if text is not None and (found := CONTROL.search(text)):
             place.problem(node, f"{text!r} holds a line break or control character ({found.group()!r})")
             return None
         return text
@@ -234,6 +237,9 @@ class Verbatim:
     def words(self) -> str:
         """Say that any text goes."""
         return "text"
+
+
+MOST_DIGITS = 20  # of a whole number; Python refuses to read one of thousands
 
 
 @dataclass(frozen=True)
@@ -250,8 +256,8 @@ class Int:
             return None
         if node.tag != _INT_TAG or not re.fullmatch(r"[+-]?\d+", text):
             place.problem(node, f"{text!r} is not a whole number")
-        elif not self.low <= int(text) <= self.high:
-            place.problem(node, f"{text} is out of range; it must be from {self.low} to {self.high}")
+        elif len(text) > MOST_DIGITS or not self.low <= int(text) <= self.high:
+            place.problem(node, f"{text[:MOST_DIGITS]} is out of range; it must be from {self.low} to {self.high}")
         else:
             return int(text)
         return None
@@ -349,6 +355,8 @@ _MIB_PER_UNIT = {"MiB": 1, "GiB": 1024, "TiB": 1024 * 1024}
 class Size:
     """An amount of memory with its unit: `24GiB`, `512MiB`. The value is in MiB."""
 
+    least_mib: int = 0
+
     def read(self, node: yaml.Node, place: Place) -> Mib | None:
         """Return the size in MiB; a bare number is refused, because nobody can know what it means."""
         text = _scalar(node, place, "a size such as 24GiB")
@@ -364,6 +372,8 @@ class Size:
             place.problem(node, f"{text!r}: unit {found[2]!r} is not MiB, GiB or TiB; {wanted}")
         elif float(found[1]) * _MIB_PER_UNIT[found[2]] % 1:
             place.problem(node, f"{text!r} is not a whole number of MiB")
+        elif float(found[1]) * _MIB_PER_UNIT[found[2]] < self.least_mib:
+            place.problem(node, f"{text!r} is no memory at all")
         else:
             return Mib(int(float(found[1]) * _MIB_PER_UNIT[found[2]]))
         return None
@@ -387,11 +397,12 @@ class ListOf:
     of: Kind
 
     def read(self, node: yaml.Node, place: Place) -> tuple[Any, ...] | None:
-        """Return the values; None where any was wrong."""
+        """Return the values; wrong ones are noted and left out."""
         if not isinstance(node, yaml.SequenceNode):
             place.problem(node, "expected a list")
             return None
-        return tuple(self.of.read(item, place.item(i)) for i, item in enumerate(node.value))
+        values = (self.of.read(item, place.item(i)) for i, item in enumerate(node.value))
+        return tuple(value for value in values if value is not None)
 
     def json_schema(self) -> dict[str, Any]:
         """Describe the list."""
@@ -446,7 +457,7 @@ class Flags:
             flag, text = Verbatim().read(key, here), Verbatim().read(value, here)
             if text == "false":
                 here.problem(value, "false sets no flag; leave the line out, or write the flag's no- form")
-            words += [f"--{(flag or '').lstrip('-').replace('_', '-')}"]
+            words += [_dashed(flag or "")]
             words += [] if text in ("true", "false", None) else [text]
         return tuple(words)
 
@@ -459,6 +470,12 @@ class Flags:
     def words(self) -> str:
         """Name both forms."""
         return "a list of words, or a mapping from flag to value"
+
+
+def _dashed(flag: str) -> str:
+    """Write a key as a flag: dashes as written, else two, or one before a single letter."""
+    dashes = "" if flag.startswith("-") else "-" if len(flag) == 1 else "--"
+    return dashes + flag.replace("_", "-")
 
 
 @dataclass(frozen=True)
@@ -485,7 +502,9 @@ def title(record: type) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", record.__name__).capitalize()
 
 
-def entries(node: yaml.Node, place: Place) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
+def entries(
+    node: yaml.Node, place: Place, merging: tuple[yaml.Node, ...] = ()
+) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
     """Yield a mapping's entries: merge keys (`<<: *anchor`) applied, repeated keys noted as problems."""
     if not isinstance(node, yaml.MappingNode):
         if node.tag != _NULL_TAG:
@@ -497,7 +516,10 @@ def entries(node: yaml.Node, place: Place) -> Iterator[tuple[yaml.ScalarNode, ya
         if key.tag == _MERGE_TAG:
             sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
             for source in reversed(sources):
-                inherited |= {k.value: (k, v) for k, v in entries(source, place)}
+                if source in (*merging, node):
+                    place.problem(key, "merges itself")
+                else:
+                    inherited |= {k.value: (k, v) for k, v in entries(source, place, (*merging, node))}
         elif not isinstance(key, yaml.ScalarNode):
             place.problem(key, "a key must be a word")
         elif key.value in seen:
@@ -514,8 +536,11 @@ def settings_of(record: type) -> dict[str, dataclasses.Field[Any]]:
 
 
 def read_record(record: type[T], node: yaml.Node, place: Place) -> T | None:
-    """Read a mapping node into a dataclass; None where anything in it was wrong."""
-    known, before = settings_of(record), len(place.problems)
+    """Read a mapping node into a dataclass: what is wrong is noted and left out; None where a required key is.
+
+    So whoever reads on finds the problems that only show across keys in the same run.
+    """
+    known = settings_of(record)
     values: dict[str, Any] = {}
     for key, value_node in entries(node, place):
         if key.value not in known:
@@ -525,7 +550,15 @@ def read_record(record: type[T], node: yaml.Node, place: Place) -> T | None:
     for name, declared in known.items():
         if name not in values and required(declared):
             place.problem(node, f"{name} is missing: {declared.metadata['doc']}")
-    return None if len(place.problems) > before else record(**values)
+    read = {name: value for name, value in values.items() if value is not None}
+    return record(**read) if all(name in read for name in known if required(known[name])) else None
+
+
+def _property(declared: dataclasses.Field[Any]) -> dict[str, Any]:
+    """Describe a key; one that need not be written may also be left blank."""
+    values = declared.metadata["kind"].json_schema()
+    blank = values if required(declared) else {"anyOf": [values, {"type": "null"}]}
+    return blank | {"description": declared.metadata["doc"]}
 
 
 def record_schema(record: type) -> dict[str, Any]:
@@ -534,10 +567,7 @@ def record_schema(record: type) -> dict[str, Any]:
     return {
         "type": "object",
         "additionalProperties": False,
-        "properties": {
-            name: declared.metadata["kind"].json_schema() | {"description": declared.metadata["doc"]}
-            for name, declared in known.items()
-        },
+        "properties": {name: _property(declared) for name, declared in known.items()},
         "required": [name for name, declared in known.items() if required(declared)],
     }
 

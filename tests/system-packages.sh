@@ -12,6 +12,7 @@ need ssh openssh-client
 need shellcheck shellcheck
 need tmux tmux
 need curl curl
+need busybox busybox
 [ -n "$missing" ] || exit 0
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     apt-get update -qq

@@ -59,9 +59,10 @@ class ModelBook:
         if local and (path := self._inventory.folder / local).exists():
             return safetensors.read_snapshot(path) if path.is_dir() else model_shape(gguf.read_header(path), str(path))
         if entry := self._lock.get(name):
-            if entry.get("format") == "safetensors":
-                return safetensors.from_lock(entry)
-            header = {key: value for key, value in entry.items() if key != "format"}
+            kind = entry.get("format") if isinstance(entry, dict) else None
+            if kind == "safetensors":
+                return safetensors.from_lock(entry, f"models.{name}")
+            header = {key: value for key, value in entry.items() if key != "format"} if kind else entry
             return model_shape(gguf.from_lock(header, f"models.{name}"), f"models.{name}")
         tried = f"{self._inventory.folder / local} does not exist and " if local else ""
         raise InventoryError(

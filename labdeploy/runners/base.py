@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from labdeploy.hardware import Gpu
     from labdeploy.models.model import ModelFacts
 
-SLOW_DISK_MIB_PER_S = 100  # a 7200 rpm SATA disk reads 80-160 MiB/s; a load may not be declared dead before that
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -27,8 +25,8 @@ class Choice:
 class Memory:
     """What one service takes on one device, in MiB; the first three as llama.cpp's memory breakdown names them.
 
-    In main memory only: `repack_mib` is a copy of weights in the CPU's own layout, `file_mib` the pages of the model
-    file that stay in the page cache beside that copy, `cache_mib` what cached prompts may grow to.
+    In main memory only: `repack_mib` is a copy of weights in the CPU's own layout (the pages of the file that it was
+    made from can be dropped and are not counted), `cache_mib` what cached prompts may grow to.
     """
 
     model_mib: float = 0.0
@@ -36,20 +34,13 @@ class Memory:
     compute_mib: float = 0.0
     overhead_mib: float = 0.0
     repack_mib: float = 0.0
-    file_mib: float = 0.0
     cache_mib: float = 0.0
 
     @property
     def total_mib(self) -> float:
         """All of it."""
         return (
-            self.model_mib
-            + self.context_mib
-            + self.compute_mib
-            + self.overhead_mib
-            + self.repack_mib
-            + self.file_mib
-            + self.cache_mib
+            self.model_mib + self.context_mib + self.compute_mib + self.overhead_mib + self.repack_mib + self.cache_mib
         )
 
 
@@ -79,6 +70,9 @@ class Budget:
     threads: int
     threads_why: str
     cpu_features: tuple[str, ...]
+    disk_mib_per_s: int = 100
+    least: bool = False
+    """Plan the least that is useful, to see what must be left for this service: no grown context, no prompt cache."""
     gpu_sharers: int = 1
     """How many services that size themselves to the GPU (vLLM) still have to share what is free."""
 
@@ -88,6 +82,7 @@ class Request:
     """One service as asked for: the common keys, the runner's own settings, the model and the files' places."""
 
     name: str
+    unit: str
     runner: str
     runner_why: str
     model: ModelFacts
@@ -115,6 +110,8 @@ class ServicePlan:
     """Everything about one service that its unit is rendered from."""
 
     name: str
+    unit: str
+    """The name of its systemd unit."""
     runner: str
     model: str
     bind: str
@@ -140,11 +137,6 @@ class ServicePlan:
     """Anything more the runner's template says."""
 
     @property
-    def unit(self) -> str:
-        """The name of its systemd unit."""
-        return unit_name(self.name)
-
-    @property
     def url(self) -> str:
         """Where the host itself reaches it: a wildcard bind is reached over loopback."""
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.bind)  # noqa: S104 (a comparison, not a bind)
@@ -162,14 +154,9 @@ class ServicePlan:
         return not self.shortfall
 
 
-def unit_name(service: str) -> str:
-    """Name the systemd unit of a service."""
-    return f"labdeploy-{service}.service"
-
-
 def credential_path(request: Request) -> str:
     """Give the file in which the service finds its API key: where systemd puts LoadCredential=api-key."""
-    return f"/run/credentials/{unit_name(request.name)}/api-key"
+    return f"/run/credentials/{request.unit}/api-key"
 
 
 class Runner(Protocol):
@@ -199,9 +186,9 @@ class Runner(Protocol):
         """Choose the settings of a service within a budget, and say what it will take."""
 
 
-def start_timeout_s(model_bytes: int, *, base_s: int) -> int:
-    """Give the seconds a start may take: program start plus reading the model from a slow disk, to full 10 s."""
-    return -(-(base_s + model_bytes // (SLOW_DISK_MIB_PER_S * 1024 * 1024)) // 10) * 10
+def start_timeout_s(model_bytes: int, disk_mib_per_s: int, *, base_s: int) -> int:
+    """Give the seconds a start may take: program start plus reading the model from its disk, to full 10 s."""
+    return -(-(base_s + model_bytes // (max(1, disk_mib_per_s) * 2**20)) // 10) * 10
 
 
 def device_env(gpus: tuple[GpuBudget, ...], host_has_gpus: bool) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import ipaddress
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -141,11 +142,13 @@ class LlamaServer:
         """Choose every setting that matters; what the inventory says always wins and is still checked."""
         shape = _shape(request)
         tuning = _tune(request.settings, shape, budget)
+        _check_split(tuning)
         taken = _memory(tuning, shape)
         tuning, taken = _with_prompt_cache(request.settings, tuning, taken, budget)
         settings = {**_that_matter(tuning, shape), **_thread_choices(request.settings, budget)}
         return ServicePlan(
             name=request.name,
+            unit=request.unit,
             runner=self.name,
             model=request.model.name,
             bind=request.bind,
@@ -158,14 +161,14 @@ class LlamaServer:
             health=Health(
                 ready_path="/health",
                 model=request.model.name,
-                deadline_s=start_timeout_s(request.model.size_bytes, base_s=BASE_START_S),
+                deadline_s=start_timeout_s(request.model.size_bytes, budget.disk_mib_per_s, base_s=BASE_START_S),
                 n_ctx=_slot_ctx(tuning, shape),
             ),
             stop_timeout_s=STOP_S,
             model_path=request.model.path,
             model_bytes=request.model.size_bytes,
             api_key_file=request.api_key_file,
-            shortfall=tuple(_shortfall(taken, tuning.gpus, budget)),
+            shortfall=(*_no_gpu(tuning), *_shortfall(taken, tuning.gpus, budget)),
             ways_to_fit=tuple(_ways_to_fit(tuning, shape, budget)),
             warnings=tuple(_warnings(request, tuning, shape)),
         )
@@ -178,10 +181,17 @@ def _shape(request: Request) -> ModelShape:
     if request.model.shape is None:
         raise InventoryError(
             f"llama-server serves GGUF files, and model {request.model.name} is a Hugging Face snapshot folder",
-            where=f"service {request.name}",
             hint="write runner: vllm, or name a GGUF file of the model",
         )
     return request.model.shape
+
+
+def _check_split(tuning: _Tuning) -> None:
+    """Refuse more shares than GPUs: llama-server drops the others, and the layers that were meant for them move."""
+    n, n_gpus = len(tuning.value("tensor_split")), len(tuning.gpus)
+    if tuning.gpus and n > n_gpus:
+        what = f"tensor_split names {n} GPUs, it has {n_gpus}"
+        raise InventoryError(what, hint="write one share for each of its GPUs")
 
 
 # --- choosing --------------------------------------------------------------------------------------------------
@@ -275,7 +285,7 @@ def _checkpoints(shape: ModelShape) -> Choice:
 
 def _grown(asked: LlamaServerSettings, tuning: _Tuning, shape: ModelShape, budget: Budget) -> _Tuning:
     """Give the candidate the largest context that fits, up to the trained one, where the inventory names none."""
-    if asked.ctx_size is not None:
+    if asked.ctx_size is not None or budget.least:
         return tuning
     slots = tuning.value("parallel")
     least, most = tuning.value("ctx_size"), shape.n_ctx_train * slots
@@ -310,7 +320,9 @@ def _fewest_layers_lost(tuning: _Tuning, shape: ModelShape, budget: Budget) -> _
     def with_layers(i: int) -> _Tuning:
         return tuning.but(gpu_layers=Choice(i + 1, f"{i + 1} of {most} layers fit in {free} MiB with this context"))
 
-    return _last_that_fits(with_layers, most, shape, budget)
+    # Few layers may not fit in RAM, many not on the GPU: the last that fits on the GPU leaves the least to RAM.
+    best = _last_that_fits(with_layers, most, shape, dataclasses.replace(budget, ram_mib=math.inf))
+    return best if best and _fits(best, shape, budget) else None
 
 
 def _that_matter(tuning: _Tuning, shape: ModelShape) -> dict[str, Choice]:
@@ -361,7 +373,6 @@ def _memory(tuning: _Tuning, shape: ModelShape) -> dict[str, Memory]:
             host.compute_mib,
             host.overhead_mib,
             host.repack_mib,
-            max(0.0, host.mapped_mib - host.model_mib),
             host.cache_ram_mib + host.checkpoints_mib,
         ),
     }
@@ -378,6 +389,12 @@ def _shortfall(taken: Mapping[str, Memory], gpus: tuple[GpuBudget, ...], budget:
         yield _too_much("RAM", need, budget.ram_mib)
 
 
+def _no_gpu(tuning: _Tuning) -> tuple[str, ...]:
+    """Say that layers were asked to go to a GPU where the service has none."""
+    layers = tuning.value("gpu_layers")
+    return () if tuning.gpus or not layers else (f"gpu_layers {layers} needs a GPU, and there is none for it",)
+
+
 def _too_much(device: str, need_mib: float, free_mib: float) -> str:
     return f"{device} needs {need_mib:.0f} MiB, {free_mib:.0f} MiB are free: {need_mib - free_mib:.0f} MiB too much"
 
@@ -391,7 +408,7 @@ def _with_prompt_cache(
 ) -> tuple[_Tuning, dict[str, Memory]]:
     """Give the prompt cache half of the RAM that is left: its default of 8 GiB is what OOM kills are made of."""
     left = max(0.0, budget.ram_mib - taken["host"].total_mib)
-    chosen = int(min(CACHE_RAM_DEFAULT_MIB, left / 2) // CTX_STEP * CTX_STEP)
+    chosen = 0 if budget.least else int(min(CACHE_RAM_DEFAULT_MIB, left / 2) // CTX_STEP * CTX_STEP)
     cache = _asked(asked.cache_ram) or Choice(chosen, f"half of the {left:.0f} MiB RAM left, at most 8192 MiB")
     host = dataclasses.replace(taken["host"], cache_mib=taken["host"].cache_mib + cache.value)
     return tuning.but(cache_ram=cache), {**taken, "host": host}
@@ -399,7 +416,14 @@ def _with_prompt_cache(
 
 def _ways_to_fit(tuning: _Tuning, shape: ModelShape, budget: Budget) -> Iterator[str]:
     """Where it does not fit: the lines that would make it fit, cheapest for its quality first."""
+    if _no_gpu(tuning):
+        yield "gpu_layers: 0"
     if _fits(tuning, shape, budget):
+        return
+    uncached = tuning.but(cache_ram=Choice(0, ""))
+    if _fits(uncached, shape, budget):
+        left = budget.ram_mib - _memory(uncached, shape)["host"].total_mib
+        yield f"cache_ram: {int(left // CTX_STEP * CTX_STEP)}MiB"
         return
     q8 = Choice("q8_0", "")
     halved = tuning.but(cache_type_k=q8, cache_type_v=q8)

@@ -137,9 +137,10 @@ class Ollama:
         """Choose every setting that matters; what the inventory says always wins and is still checked."""
         tuning = _with_prompt_cache(request.settings, _tune(request, _shape(request), budget))
         settings = {**tuning.choices, **_server_choices(request, budget)}
-        deadline_s = start_timeout_s(request.model.size_bytes, base_s=BASE_START_S)
+        deadline_s = start_timeout_s(request.model.size_bytes, budget.disk_mib_per_s, base_s=BASE_START_S)
         return ServicePlan(
             name=request.name,
+            unit=request.unit,
             runner=self.name,
             model=request.model.name,
             bind=request.bind,
@@ -265,7 +266,7 @@ def _checkpoints(shape: ModelShape) -> Choice:
 
 def _grown(asked: OllamaSettings, tuning: _Tuning) -> _Tuning:
     """Give the candidate the largest context that fits, up to the trained one, where the inventory names none."""
-    if asked.context_length is not None:
+    if asked.context_length is not None or tuning.budget.least:
         return tuning
     least, most = tuning.value("context_length"), tuning.shape.n_ctx_train
     largest, all_of_it = f"the largest that fits, of {most} trained", f"all {most} trained tokens fit"
@@ -285,7 +286,7 @@ def _with_prompt_cache(asked: OllamaSettings, tuning: _Tuning) -> _Tuning:
     """Give the prompt cache half of the RAM that is left: its default of 8 GiB is what OOM kills are made of."""
     left = max(0.0, tuning.budget.ram_mib - _memory(tuning)["host"].total_mib)
     n = tuning.value("max_loaded_models")
-    chosen = int(min(CACHE_RAM_DEFAULT_MIB, left / 2 / n) // CTX_STEP * CTX_STEP)
+    chosen = 0 if tuning.budget.least else int(min(CACHE_RAM_DEFAULT_MIB, left / 2 / n) // CTX_STEP * CTX_STEP)
     why = f"half of the {left:.0f} MiB RAM left, at most 8192 MiB" + (f", for each of {n} models" if n > 1 else "")
     return tuning.but(cache_ram=_asked(asked.cache_ram) or Choice(chosen, why))
 
@@ -356,7 +357,6 @@ def _memory(tuning: _Tuning) -> dict[str, Memory]:
         host.compute_mib,
         host.overhead_mib + PROXY_MIB,
         host.repack_mib,
-        max(0.0, host.mapped_mib - host.model_mib) if tuning.gpus else 0.0,
         host.cache_ram_mib + host.checkpoints_mib,
     )
     return {**on_gpus, "host": on_host}

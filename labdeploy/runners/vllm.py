@@ -163,11 +163,14 @@ class Vllm:
         _refuse_contradictions(request)
         engine = _tune(request.settings, request.model.snapshot, budget)
         settings = _choices(request, engine)
-        deadline_s = start_timeout_s(request.model.size_bytes, base_s=EAGER_START_S if engine.eager else COLD_START_S)
+        deadline_s = start_timeout_s(
+            request.model.size_bytes, budget.disk_mib_per_s, base_s=EAGER_START_S if engine.eager else COLD_START_S
+        )
         stop_timeout_s = settings["shutdown_timeout"].value + STOP_GRACE_S
         argv = _argv(request, settings)
         return ServicePlan(
             name=request.name,
+            unit=request.unit,
             runner=self.name,
             model=request.model.name,
             bind=request.bind,

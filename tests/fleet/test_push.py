@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.error
 from typing import TYPE_CHECKING
 
 import pytest
@@ -171,7 +172,8 @@ def test_dry_run_changes_nothing(lab: Lab) -> None:
     dry = lab.push("--dry-run")
     assert dry.code == 0
     assert "ctx_size 2048 -> 4096" in dry.out
-    assert "would be restarted" in dry.out
+    assert f"would systemctl restart {UNIT}" in dry.out
+    assert "+    --ctx-size 4096" in dry.out
     assert lab.snapshot() == before
 
 
@@ -257,3 +259,23 @@ def _history(lab: Lab) -> dict:
     ended = lab.run("history", "--json")
     assert ended.code == 0, ended.err
     return ended.json["hosts"][lab.host.name]
+
+
+def test_an_api_key_stays_on_the_host(lab: Lab) -> None:
+    """The key reaches the service by systemd's credentials: it is in no unit, no command line and no journal."""
+    secret = "s3cret-key-of-this-test"  # noqa: S105 (a test's own)
+    lab.on_host("sh", "-c", f"umask 077; echo {secret} > /etc/chat.key")
+    lab.set(api_key_file="/etc/chat.key")
+    lab.push_ok()
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        lab.complete()
+    pid = lab.show("MainPID")
+    seen = [
+        lab.on_host("cat", f"/etc/systemd/system/{UNIT}"),
+        lab.on_host("sh", "-c", f"tr '\\0' ' ' < /proc/{pid}/cmdline"),
+        lab.on_host("sh", "-c", f"tr '\\0' ' ' < /proc/{pid}/environ"),
+        lab.on_host("journalctl", "--no-pager"),
+        lab.on_host("sh", "-c", "grep -rh . /etc/labdeploy"),
+    ]
+    assert not [text for text in seen if secret in text]
+    assert lab.push_ok()["result"] == "unchanged"

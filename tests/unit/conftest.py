@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import sys
 import textwrap
@@ -88,8 +89,9 @@ class Lab:
         return {name: planning.plan_host(host, book) for name, host in inventory.hosts.items()}
 
     @staticmethod
+    @functools.cache
     def lock() -> dict[str, object]:
-        """Read the lock that the tests share."""
+        """Read the lock that the tests share, once."""
         return locks.read(MACHINES / "inventory.lock.yaml")
 
     def copy_lock(self) -> None:

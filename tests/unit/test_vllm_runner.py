@@ -84,6 +84,7 @@ def request(snapshot: Snapshot | None = QWEN3_8B, *, more: dict[str, Any] | None
     facts = ModelFacts("qwen", "/srv/models/qwen", size, "safetensors", None, snapshot)
     common = Request(
         name="chat",
+        unit="labdeploy-chat.service",
         runner="vllm",
         runner_why="as the inventory says",
         model=facts,

@@ -1,0 +1,116 @@
+"""What each host is doing while a push runs, told on stderr as it happens."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from labdeploy.deploy import Stop
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import FrameType
+
+    from labdeploy.deploy import Outcome
+    from labdeploy.host import Line
+
+INTERRUPTED = 130  # as shells report a program that SIGINT ended
+HEARTBEAT_S = 10  # a step that says nothing for longer looks like a hang
+
+_STEPS = {
+    "receive": "sending",
+    "verify": "checking files, room and units",
+    "stage": "writing generation",
+    "arm": "preparing the way back",
+    "switch": "installing generation",
+    "started": "starting",
+    "restarted": "restarting",
+    "probe": "asking for one token from",
+    "watch": "watching for seconds:",
+    "back": "going back to generation",
+}
+
+
+class Progress:
+    """What each host is doing: in place on a terminal, else a line when something took long; all on stderr.
+
+    While it is open, the first Ctrl-C stops starting hosts and lets those in flight end; the second one interrupts.
+    """
+
+    def __init__(self, hosts: Sequence[str], *, verbose: bool, quiet: bool) -> None:
+        self.stop = Stop()
+        self.interrupted = False
+        self._steps = dict.fromkeys(hosts, "connecting")
+        self._since = dict.fromkeys(hosts, time.monotonic())
+        self._lock = threading.Lock()
+        self._verbose = verbose
+        self._live: Any = None
+        self._fancy = sys.stderr.isatty() and not quiet and not verbose
+        self._ended = threading.Event()
+        self._beat = threading.Thread(target=self._heartbeat, daemon=True)
+        self._before: Any = None
+
+    def __enter__(self) -> Progress:  # noqa: PYI034 (typing.Self would say no more here)
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._interrupt)
+        if self._fancy:
+            from rich.console import Console  # noqa: PLC0415
+            from rich.live import Live  # noqa: PLC0415
+
+            console = Console(stderr=True)
+            self._live = Live(console=console, get_renderable=self._table, refresh_per_second=8, transient=True)
+            self._live.start()
+        else:
+            self._beat.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._live:
+            self._live.stop()
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def line(self, host: str, line: Line) -> None:
+        """Take note of a line the host said."""
+        if line.kind != "step":
+            return
+        words = [_STEPS.get(line.field(0), line.field(0)), line.field(1)]
+        self._step(host, " ".join(word for word in words if word))
+
+    def done(self, outcome: Outcome) -> None:
+        """Take note that a host is done."""
+        with self._lock:
+            self._steps.pop(outcome.host, None)
+
+    def _step(self, host: str, text: str) -> None:
+        with self._lock:
+            self._steps[host], self._since[host] = text, time.monotonic()
+        if self._verbose:
+            print(f"{host}: {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+    def _interrupt(self, _signal: int, _frame: FrameType | None) -> None:
+        if self.interrupted:
+            print("interrupted again: hosts in flight settle by themselves", file=sys.stderr, flush=True)  # noqa: T201
+            os._exit(INTERRUPTED)  # threads wait for hosts that need no one to wait for them
+        self.interrupted = True
+        self.stop.set()
+        print("interrupted: hosts in flight finish, no other is started", file=sys.stderr)  # noqa: T201
+
+    def _heartbeat(self) -> None:
+        while not self._ended.wait(HEARTBEAT_S):
+            with self._lock:
+                busy = [f"{h}: {text}, {time.monotonic() - self._since[h]:.0f} s" for h, text in self._steps.items()]
+            for text in busy:
+                print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+    def _table(self) -> Any:  # noqa: ANN401
+        from rich.text import Text  # noqa: PLC0415
+
+        with self._lock:
+            rows = [f"{h}: {text}, {time.monotonic() - self._since[h]:.0f} s" for h, text in self._steps.items()]
+        return Text("\n".join(rows))

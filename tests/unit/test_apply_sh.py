@@ -1,0 +1,109 @@
+"""The program that runs on hosts is plain POSIX sh: it parses, it lints, and says no word that only bash knows."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import labdeploy
+
+PROGRAM = Path(labdeploy.__file__).parent / "apply.sh"
+TEXT = PROGRAM.read_text()
+# Without comments, and without what stands between single quotes: sed, awk and printf have their own words.
+CODE = "\n".join(re.sub(r"(^|\s)#.*$", "", re.sub(r"'[^']*'", "''", line)) for line in TEXT.splitlines())
+
+BASHISMS = {
+    r"(^|\s)\[\[\s": "[[ ]]",
+    r"^\s*function\s": "function",
+    r"(^|[;{&|])\s*local\s": "local",
+    r"\bdeclare\b|\btypeset\b": "declare",
+    r"<<<": "<<<",
+    r"&>|\|&": "&> or |&",
+    r"<\(|>\(": "process substitution",
+    r"(^|\s|=)\$'": "$'...'",
+    r"\bsource\b": "source",
+    r"==": "==",
+    r"\becho -[en]": "echo -e",
+    r"\$\{[A-Za-z_]+(\^|,|//|/|:[0-9])": "${x^}, ${x/a/b}, ${x:0:1}",
+    r"\(\([^)]*\+\+": "++",
+    r"\bread -[a-qs-z]": "read -p and its like",
+    r"\$(RANDOM|SECONDS|EPOCHSECONDS|BASH\w*|PIPESTATUS|UID)\b": "bash's own variables",
+    r"\bset -o pipefail": "pipefail",
+    r"\bselect\b.*\bin\b|\bcoproc\b|\bmapfile\b|\bshopt\b": "bash's own words",
+    r"\{[0-9a-z]+\.\.[0-9a-z]+\}": "{1..3}",
+    r"^\s*\w+=\(": "arrays",
+}
+
+
+@pytest.mark.parametrize("shell", ["dash", "sh", "bash", "busybox"])
+def test_it_parses(shell: str):
+    """With every shell that is here; which one a host has as /bin/sh nobody knows."""
+    if not shutil.which(shell):
+        pytest.skip(f"{shell} is not installed")
+    argv = [shell, *(["sh"] if shell == "busybox" else ["--posix"] if shell == "bash" else []), "-n", str(PROGRAM)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_shellcheck_has_nothing_to_say():
+    """What is switched off is said, with the reason, at the top of the program."""
+    done = subprocess.run(["shellcheck", "-s", "sh", str(PROGRAM)], capture_output=True, text=True, check=False)
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("pattern", BASHISMS)
+def test_it_has_no_bashism(pattern: str):
+    """They parse in dash too, often, and mean something else there."""
+    found = [line.strip() for line in CODE.splitlines() if re.search(pattern, line)]
+    assert found == [], BASHISMS[pattern]
+
+
+def test_it_ends_by_running_its_arguments():
+    """It is read from standard input and called with a verb; what follows the last line is the payload."""
+    assert TEXT.endswith('\n"$@"\n')
+    assert TEXT.isascii()
+
+
+@pytest.mark.skipif(not shutil.which("dash"), reason="dash is not installed")
+@pytest.mark.parametrize(("text", "number"), [("000000", "0"), ("000007", "7"), ("000120", "120"), ("010000", "10000")])
+def test_numbers_of_generations_are_decimal(text: str, number: str):
+    """A leading zero makes octal numbers in sh, and 000008 is none."""
+    assert call("number", text) == number
+
+
+@pytest.mark.skipif(not shutil.which("dash"), reason="dash is not installed")
+def test_answers_are_fields_between_tabs():
+    """host.py splits them there; words with spaces stay whole."""
+    assert call("emit", "result", "a b", "c") == "result\ta b\tc\n"
+
+
+@pytest.mark.skipif(not shutil.which("dash"), reason="dash is not installed")
+def test_facts_of_a_service_are_data(tmp_path: Path):
+    """What stands in services/NAME is read, never run."""
+    marker = tmp_path / "ran"
+    folder = tmp_path / "services"
+    folder.mkdir()
+    (folder / "x").write_text(f"unit=labdeploy-x.service\nmodel=$(touch {marker})\nbody=`touch {marker}`;a=b\n")
+    script = 'load_service "$1" x; printf "%s|%s|%s" "$unit" "$model" "$body"'
+    said = with_functions(script, str(tmp_path))
+    assert said == f"labdeploy-x.service|$(touch {marker})|`touch {marker}`;a=b"
+    assert not marker.exists()
+
+
+def call(*argv: str) -> str:
+    """Call one function of the program."""
+    return with_functions('"$@"', *argv)
+
+
+def with_functions(script: str, *argv: str) -> str:
+    """Run a script that has the functions of the program."""
+    functions = TEXT.removesuffix('"$@"\n')
+    done = subprocess.run(
+        ["dash", "-c", f"PROGRAM=x\n{functions}\n{script}", "x", *argv], capture_output=True, check=True
+    )
+    return done.stdout.decode()

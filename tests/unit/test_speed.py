@@ -1,0 +1,43 @@
+"""How long one waits: whole processes, the best of five, with bounds that hold on a busy machine of CI."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from conftest import TOP
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
+
+BEST_OF = 5
+
+
+def best_ms(*argv: str) -> float:
+    """Run a command line as a process of its own, and give the time of the fastest run."""
+    times = []
+    for _ in range(BEST_OF):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "labdeploy", *argv], check=True, capture_output=True)
+        times.append((time.perf_counter() - started) * 1000)
+    return min(times)
+
+
+def test_help_is_there_at_once(capsys: pytest.CaptureFixture[str]):
+    """Under 300 ms: nothing that talks to hosts or draws tables is imported for it."""
+    taken = best_ms("--help")
+    with capsys.disabled():
+        sys.stdout.write(f"\nlabdeploy --help: {taken:.0f} ms\n")
+    assert taken < 300
+
+
+def test_four_machines_are_rendered_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Under 800 ms for the shipped inventory, all plans and units."""
+    taken = best_ms("-i", str(TOP / "inventory.yaml"), "render", "-o", str(tmp_path))
+    with capsys.disabled():
+        sys.stdout.write(f"\nlabdeploy render: {taken:.0f} ms\n")
+    assert taken < 800
