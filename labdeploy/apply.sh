@@ -477,17 +477,22 @@ stage() { # the new generation, durable, beside those that are kept
         refuse 1 "cannot write $ROOT"
     install_program
     [ -d "$ROOT/gen/$EMPTY" ] || stage_empty || refuse 1 "cannot write $ROOT"
+    tell_adopted || refuse 1 "cannot write $ROOT"
     [ "$VERB" = push ] && [ "$TO" != "$FROM" ] || return 0
     cp -R "$NEW" "$ROOT/incoming/gen" 2>/dev/null && durable "$ROOT/incoming/gen" ||
         refuse 1 "the new generation does not fit in $ROOT" "make room there; nothing was changed"
 }
 
-stage_empty() { # what was here before the first push
+stage_empty() { # what was here before the first push: nothing, or units that were adopted
     _g=$ROOT/incoming/empty
-    mkdir "$_g" && : >"$_g/SHA256SUMS" &&
-        printf '{"push_id":"%s","by":"%s","at":"%s","adopted":"%s"}\n' "$ID" "$BY" "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "${adopt# }" \
-            >"$_g/manifest.json" &&
-        durable "$_g" && mv -T "$_g" "$ROOT/gen/$EMPTY" && sync "$ROOT/gen" "$ROOT" "${ROOT%/*}"
+    mkdir "$_g" && : >"$_g/SHA256SUMS" && durable "$_g" && mv -T "$_g" "$ROOT/gen/$EMPTY" &&
+        sync "$ROOT/gen" "$ROOT" "${ROOT%/*}"
+}
+
+tell_adopted() {
+    [ -n "$adopt" ] && [ ! -e "$ROOT/gen/$EMPTY/manifest.json" ] || return 0
+    printf '{"push_id":"%s","by":"%s","at":"%s","adopted":true}\n' "$ID" "$BY" "$(date -u +%Y-%m-%dT%H:%M:%SZ)" |
+        put "$ROOT/gen/$EMPTY/manifest.json"
 }
 
 durable() { # DIR: fsync every file below it, then every folder

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from labdeploy.hardware import Gpu
     from labdeploy.models.model import ModelFacts
+    from labdeploy.models.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,24 @@ class ServicePlan:
     def fits(self) -> bool:
         """Whether every device can hold it."""
         return not self.shortfall
+
+
+def as_asked(value: Any) -> Choice | None:  # noqa: ANN401
+    """Wrap a value of the inventory, which always wins; None where it says nothing."""
+    return None if value is None else Choice(value, "as the inventory says")
+
+
+def gpu_sets(allowed: tuple[GpuBudget, ...]) -> list[tuple[GpuBudget, ...]]:
+    """List the sets of GPUs to try for one service, in order: each alone, the emptiest first, then all together."""
+    alone: list[tuple[GpuBudget, ...]] = [(gpu,) for gpu in sorted(allowed, key=lambda gpu: (-gpu.free_mib, gpu.index))]
+    return alone if len(allowed) <= 1 else [*alone, allowed]
+
+
+def checkpoints(shape: ModelShape) -> Choice:
+    """Bound llama.cpp's context checkpoints: only models that cannot rewind their context keep any, up to 32 a slot."""
+    if shape.has_swa or shape.is_recurrent:
+        return Choice(8, "this model cannot rewind its context; 32, the default, would take four times the RAM")
+    return Choice(0, "this model can rewind its context without them")
 
 
 def credential_path(request: Request) -> str:

@@ -22,8 +22,11 @@ from labdeploy.runners.base import (
     Memory,
     Request,
     ServicePlan,
+    as_asked,
+    checkpoints,
     credential_path,
     device_env,
+    gpu_sets,
     start_timeout_s,
 )
 from labdeploy.runners.llama_memory import LlamaMemorySettings, memory
@@ -227,60 +230,49 @@ def _allowed(asked: LlamaServerSettings, budget: Budget) -> tuple[GpuBudget, ...
 
 
 def _gpu_sets(asked: LlamaServerSettings, budget: Budget) -> list[tuple[GpuBudget, ...]]:
-    """List the sets of GPUs to try in order: each alone, the emptiest first, then all together."""
+    """List the sets of GPUs to try; one set where the inventory says which, or how to split over them."""
     allowed = _allowed(asked, budget)
-    if asked.gpus is not None or asked.tensor_split is not None or len(allowed) < 2:  # noqa: PLR2004 (two are several)
+    if asked.gpus is not None or asked.tensor_split is not None:
         return [allowed] if allowed else []
-    alone = sorted(allowed, key=lambda gpu: (-gpu.free_mib, gpu.index))
-    return [*((gpu,) for gpu in alone), allowed]
+    return gpu_sets(allowed)
 
 
 def _start(asked: LlamaServerSettings, shape: ModelShape, gpus: tuple[GpuBudget, ...], budget: Budget) -> _Tuning:
     """Give the candidate that wants most: every layer on the GPUs, and the context asked for or the least useful."""
-    parallel = _asked(asked.parallel) or Choice(1, "one request at a time gets the whole context")
+    parallel = as_asked(asked.parallel) or Choice(1, "one request at a time gets the whole context")
     trained = shape.n_ctx_train * parallel.value
     choices = {
-        "ctx_size": _asked(asked.ctx_size) or Choice(min(LEAST_CTX * parallel.value, trained), "the least useful"),
+        "ctx_size": as_asked(asked.ctx_size) or Choice(min(LEAST_CTX * parallel.value, trained), "the least useful"),
         "parallel": parallel,
-        "kv_unified": _asked(asked.kv_unified) or Choice(False, "each slot keeps its own share of the context"),  # noqa: FBT003
+        "kv_unified": as_asked(asked.kv_unified) or Choice(False, "each slot keeps its own share of the context"),  # noqa: FBT003
         "gpu_layers": _gpu_layers(asked, shape, gpus),
-        "n_cpu_moe": _asked(asked.n_cpu_moe) or Choice(0, "no experts need to stay in RAM"),
-        "tensor_split": _asked(asked.tensor_split) or Choice(_split(gpus), "by the free memory of each GPU"),
-        "batch_size": _asked(asked.batch_size) or Choice(2048, "llama-server's default"),
-        "ubatch_size": _asked(asked.ubatch_size) or Choice(512, "llama-server's default; compute memory grows with it"),
-        "cache_type_k": _asked(asked.cache_type_k) or Choice("f16", "exact; q8_0 halves it"),
-        "cache_type_v": _asked(asked.cache_type_v) or Choice("f16", "exact; q8_0 halves it"),
-        "flash_attn": _asked(asked.flash_attn) or Choice("on", "without it compute memory grows with the context"),
-        "ctx_checkpoints": _asked(asked.ctx_checkpoints) or _checkpoints(shape),
-        "load_mode": _asked(asked.load_mode) or Choice("auto", "maps the file, so that a restart reads it from cache"),
+        "n_cpu_moe": as_asked(asked.n_cpu_moe) or Choice(0, "no experts need to stay in RAM"),
+        "tensor_split": as_asked(asked.tensor_split) or Choice(_split(gpus), "by the free memory of each GPU"),
+        "batch_size": as_asked(asked.batch_size) or Choice(2048, "llama-server's default"),
+        "ubatch_size": as_asked(asked.ubatch_size)
+        or Choice(512, "llama-server's default; compute memory grows with it"),
+        "cache_type_k": as_asked(asked.cache_type_k) or Choice("f16", "exact; q8_0 halves it"),
+        "cache_type_v": as_asked(asked.cache_type_v) or Choice("f16", "exact; q8_0 halves it"),
+        "flash_attn": as_asked(asked.flash_attn) or Choice("on", "without it compute memory grows with the context"),
+        "ctx_checkpoints": as_asked(asked.ctx_checkpoints) or checkpoints(shape),
+        "load_mode": as_asked(asked.load_mode)
+        or Choice("auto", "maps the file, so that a restart reads it from cache"),
     }
     return _Tuning(choices, gpus, repack=not gpus, cpu_flags=frozenset(budget.cpu_features))
-
-
-def _asked(value: Any) -> Choice | None:  # noqa: ANN401
-    """Wrap a value of the inventory, which always wins."""
-    return None if value is None else Choice(value, "as the inventory says")
 
 
 def _gpu_layers(asked: LlamaServerSettings, shape: ModelShape, gpus: tuple[GpuBudget, ...]) -> Choice:
     most = shape.n_layer_all + 1
     if not gpus:
-        return _asked(asked.gpu_layers) or Choice(0, "no GPU to put layers on")
+        return as_asked(asked.gpu_layers) or Choice(0, "no GPU to put layers on")
     names = " and ".join(gpu.id for gpu in gpus)
-    asked_layers = _asked(asked.gpu_layers)
+    asked_layers = as_asked(asked.gpu_layers)
     return asked_layers or Choice(most, f"all {most - 1} blocks and the output layer fit on {names}")
 
 
 def _split(gpus: tuple[GpuBudget, ...]) -> tuple[int, ...]:
     """Give each GPU a share by its free memory, in whole GiB-like numbers a person can read."""
     return tuple(round(gpu.free_mib / 256) for gpu in gpus) if len(gpus) > 1 else ()
-
-
-def _checkpoints(shape: ModelShape) -> Choice:
-    """Bound the context checkpoints: only models that cannot rewind their context keep any, up to 32 a slot."""
-    if shape.has_swa or shape.is_recurrent:
-        return Choice(8, "this model cannot rewind its context; 32, the default, would take four times the RAM")
-    return Choice(0, "this model can rewind its context without them")
 
 
 def _grown(asked: LlamaServerSettings, tuning: _Tuning, shape: ModelShape, budget: Budget) -> _Tuning:
@@ -409,7 +401,7 @@ def _with_prompt_cache(
     """Give the prompt cache half of the RAM that is left: its default of 8 GiB is what OOM kills are made of."""
     left = max(0.0, budget.ram_mib - taken["host"].total_mib)
     chosen = 0 if budget.least else int(min(CACHE_RAM_DEFAULT_MIB, left / 2) // CTX_STEP * CTX_STEP)
-    cache = _asked(asked.cache_ram) or Choice(chosen, f"half of the {left:.0f} MiB RAM left, at most 8192 MiB")
+    cache = as_asked(asked.cache_ram) or Choice(chosen, f"half of the {left:.0f} MiB RAM left, at most 8192 MiB")
     host = dataclasses.replace(taken["host"], cache_mib=taken["host"].cache_mib + cache.value)
     return tuning.but(cache_ram=cache), {**taken, "host": host}
 
@@ -458,8 +450,8 @@ def _warnings(request: Request, tuning: _Tuning, shape: ModelShape) -> Iterator[
 
 
 def _thread_choices(asked: LlamaServerSettings, budget: Budget) -> dict[str, Choice]:
-    threads = _asked(asked.threads) or Choice(budget.threads, budget.threads_why)
-    batch = _asked(asked.threads_batch) or Choice(threads.value, "the same cores read the prompt")
+    threads = as_asked(asked.threads) or Choice(budget.threads, budget.threads_why)
+    batch = as_asked(asked.threads_batch) or Choice(threads.value, "the same cores read the prompt")
     return {"threads": threads, "threads_batch": batch}
 
 

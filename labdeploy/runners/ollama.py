@@ -22,7 +22,10 @@ from labdeploy.runners.base import (
     Memory,
     Request,
     ServicePlan,
+    as_asked,
+    checkpoints,
     device_env,
+    gpu_sets,
     start_timeout_s,
 )
 from labdeploy.runners.llama_memory import LlamaMemorySettings, memory
@@ -211,8 +214,7 @@ def _gpu_sets(asked: OllamaSettings, budget: Budget) -> list[tuple[GpuBudget, ..
         allowed = tuple(gpu for gpu in budget.gpus if gpu.index in asked.gpus)
         return [allowed] if allowed else []
     allowed = tuple(gpu for gpu in budget.gpus if gpu.gpu.api == budget.gpus[0].gpu.api)
-    alone: list[tuple[GpuBudget, ...]] = [(gpu,) for gpu in sorted(allowed, key=lambda gpu: (-gpu.free_mib, gpu.index))]
-    return alone if len(allowed) <= 1 else [*alone, allowed]
+    return gpu_sets(allowed)
 
 
 def _start(
@@ -221,21 +223,16 @@ def _start(
     """Give a candidate with the context asked for, or the least useful one."""
     least = Choice(min(LEAST_CTX, shape.n_ctx_train), "the least useful: no more fits")
     choices = {
-        "context_length": _asked(asked.context_length) or least,
-        "num_parallel": _asked(asked.num_parallel) or Choice(1, "one request at a time gets all of it"),
-        "kv_cache_type": _asked(asked.kv_cache_type) or Choice("f16", "exact; q8_0 halves it"),
-        "flash_attention": _asked(asked.flash_attention) or _flash_attention(gpus),
-        "fit_target": _asked(asked.fit_target) or _fit_target(gpus),
-        "ctx_checkpoints": _asked(asked.ctx_checkpoints) or _checkpoints(shape),
+        "context_length": as_asked(asked.context_length) or least,
+        "num_parallel": as_asked(asked.num_parallel) or Choice(1, "one request at a time gets all of it"),
+        "kv_cache_type": as_asked(asked.kv_cache_type) or Choice("f16", "exact; q8_0 halves it"),
+        "flash_attention": as_asked(asked.flash_attention) or _flash_attention(gpus),
+        "fit_target": as_asked(asked.fit_target) or _fit_target(gpus),
+        "ctx_checkpoints": as_asked(asked.ctx_checkpoints) or checkpoints(shape),
         "cache_ram": Choice(0, ""),
-        "max_loaded_models": _asked(asked.max_loaded_models) or Choice(1, "memory is planned for this one model"),
+        "max_loaded_models": as_asked(asked.max_loaded_models) or Choice(1, "memory is planned for this one model"),
     }
     return _Tuning(shape, budget, gpus, gpu_layers, choices)
-
-
-def _asked(value: Any) -> Choice | None:  # noqa: ANN401
-    """Wrap a value of the inventory, which always wins."""
-    return None if value is None else Choice(value, "as the inventory says")
 
 
 def _fit_target(gpus: tuple[GpuBudget, ...]) -> Choice:
@@ -255,13 +252,6 @@ def _flash_attention(gpus: tuple[GpuBudget, ...]) -> Choice:
     if len(capabilities) == len(gpus) and all(capability >= (7, 5) for capability in capabilities):
         return Choice(True, "without it compute memory grows with the context")  # noqa: FBT003
     return Choice("auto", "Ollama turns it on where every GPU has it")
-
-
-def _checkpoints(shape: ModelShape) -> Choice:
-    """Bound the context checkpoints: only models that cannot rewind their context keep any."""
-    if shape.has_swa or shape.is_recurrent:
-        return Choice(8, "this model cannot rewind its context; 32, the default, would take four times the RAM")
-    return Choice(0, "this model can rewind its context without them")
 
 
 def _grown(asked: OllamaSettings, tuning: _Tuning) -> _Tuning:
@@ -288,16 +278,16 @@ def _with_prompt_cache(asked: OllamaSettings, tuning: _Tuning) -> _Tuning:
     n = tuning.value("max_loaded_models")
     chosen = 0 if tuning.budget.least else int(min(CACHE_RAM_DEFAULT_MIB, left / 2 / n) // CTX_STEP * CTX_STEP)
     why = f"half of the {left:.0f} MiB RAM left, at most 8192 MiB" + (f", for each of {n} models" if n > 1 else "")
-    return tuning.but(cache_ram=_asked(asked.cache_ram) or Choice(chosen, why))
+    return tuning.but(cache_ram=as_asked(asked.cache_ram) or Choice(chosen, why))
 
 
 def _server_choices(request: Request, budget: Budget) -> dict[str, Choice]:
     """Give the settings that the model's memory does not depend on."""
     asked = request.settings
     return {
-        "threads": _asked(asked.threads) or Choice(budget.threads, budget.threads_why),
-        "keep_alive": _asked(asked.keep_alive) or Choice("-1", "a service keeps its model loaded"),
-        "models": _asked(asked.models) or Choice(_own_store(request), "its own state folder, which it may write"),
+        "threads": as_asked(asked.threads) or Choice(budget.threads, budget.threads_why),
+        "keep_alive": as_asked(asked.keep_alive) or Choice("-1", "a service keeps its model loaded"),
+        "models": as_asked(asked.models) or Choice(_own_store(request), "its own state folder, which it may write"),
     }
 
 

@@ -20,6 +20,7 @@ from labdeploy.runners.base import (
     Memory,
     Request,
     ServicePlan,
+    as_asked,
     credential_path,
     device_env,
     start_timeout_s,
@@ -673,33 +674,31 @@ def _choices(request: Request, engine: _Engine) -> dict[str, Choice]:
     """Give every setting with its reason."""
     asked = request.settings
     choices = {
-        "served_model_name": _asked(asked.served_model_name) or Choice(request.model.name, "its name in the inventory"),
-        "max_model_len": _asked(asked.max_model_len) or _len_choice(engine),
-        "max_num_seqs": _asked(asked.max_num_seqs) or Choice(engine.max_num_seqs, _seqs_why(engine)),
-        "max_num_batched_tokens": _asked(asked.max_num_batched_tokens)
+        "served_model_name": as_asked(asked.served_model_name)
+        or Choice(request.model.name, "its name in the inventory"),
+        "max_model_len": as_asked(asked.max_model_len) or _len_choice(engine),
+        "max_num_seqs": as_asked(asked.max_num_seqs) or Choice(engine.max_num_seqs, _seqs_why(engine)),
+        "max_num_batched_tokens": as_asked(asked.max_num_batched_tokens)
         or Choice(engine.max_num_batched_tokens, "vLLM's default for this memory; activations grow with it"),
-        "dtype": _asked(asked.dtype) or Choice(engine.dtype, f"the model is stored in {engine.snapshot.dtype}"),
-        "kv_cache_dtype": _asked(asked.kv_cache_dtype) or Choice("auto", "as dtype; fp8 halves it from 8.9 on"),
-        "enforce_eager": _asked(asked.enforce_eager) or _eager_choice(engine),
-        "shutdown_timeout": _asked(asked.shutdown_timeout)
+        "dtype": as_asked(asked.dtype) or Choice(engine.dtype, f"the model is stored in {engine.snapshot.dtype}"),
+        "kv_cache_dtype": as_asked(asked.kv_cache_dtype) or Choice("auto", "as dtype; fp8 halves it from 8.9 on"),
+        "enforce_eager": as_asked(asked.enforce_eager) or _eager_choice(engine),
+        "shutdown_timeout": as_asked(asked.shutdown_timeout)
         or Choice(30, "running requests end; vLLM's own 0 cuts them off, or hangs"),
     }
     if engine.gpus:
-        choices["gpu_memory_utilization"] = _asked(asked.gpu_memory_utilization) or _utilization_choice(engine)
-        choices["tensor_parallel_size"] = _asked(asked.tensor_parallel_size) or _tp_choice(engine)
+        choices["gpu_memory_utilization"] = as_asked(asked.gpu_memory_utilization) or _utilization_choice(engine)
+        choices["tensor_parallel_size"] = as_asked(asked.tensor_parallel_size) or _tp_choice(engine)
     if asked.kv_cache_memory is not None or not engine.gpus:
         why = "half of the RAM left, at most what 16 requests use; vLLM would take nearly all RAM"
-        choices["kv_cache_memory"] = _asked(asked.kv_cache_memory) or Choice(max(1, int(_kv_mib(engine))), why)
+        choices["kv_cache_memory"] = as_asked(asked.kv_cache_memory) or Choice(max(1, int(_kv_mib(engine))), why)
     if quantization := asked.quantization or engine.snapshot.quantization:
-        choices["quantization"] = _asked(asked.quantization) or Choice(quantization, "as the model's config.json says")
+        choices["quantization"] = as_asked(asked.quantization) or Choice(
+            quantization, "as the model's config.json says"
+        )
     if asked.trust_remote_code:
         choices["trust_remote_code"] = Choice(True, "as the inventory says")  # noqa: FBT003
     return choices
-
-
-def _asked(value: Any) -> Choice | None:  # noqa: ANN401
-    """Wrap a value of the inventory, which always wins."""
-    return None if value is None else Choice(value, "as the inventory says")
 
 
 def _kv_mib(engine: _Engine) -> float:
