@@ -135,4 +135,4 @@ def test_a_controller_that_sleeps(lab: Lab) -> None:
         assert lab.push_ok()["generation"] == 3
     finally:
         push.kill()
-        push.wait()
+        push.communicate()
