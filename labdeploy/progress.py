@@ -24,14 +24,14 @@ HEARTBEAT_S = 10  # a step that says nothing for longer looks like a hang
 _STEPS = {
     "receive": "sending",
     "verify": "checking files, room and units",
-    "stage": "writing generation",
+    "stage": "writing generation {}",
     "arm": "preparing the way back",
-    "switch": "installing generation",
-    "started": "starting",
-    "restarted": "restarting",
-    "probe": "asking for one token from",
-    "watch": "watching for seconds:",
-    "back": "going back to generation",
+    "switch": "installing generation {}",
+    "started": "starting {}",
+    "restarted": "restarting {}",
+    "probe": "asking {} for one token",
+    "watch": "watching for {} s whether it stays up",
+    "back": "going back to generation {}",
 }
 
 
@@ -79,8 +79,7 @@ class Progress:
         """Take note of a line the host said."""
         if line.kind != "step":
             return
-        words = [_STEPS.get(line.field(0), line.field(0)), line.field(1)]
-        self._step(host, " ".join(word for word in words if word))
+        self._step(host, _STEPS.get(line.field(0), line.field(0)).format(line.field(1)))
 
     def done(self, outcome: Outcome) -> None:
         """Take note that a host is done."""
