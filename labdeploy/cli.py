@@ -102,7 +102,7 @@ def cli() -> None:
 
 def _plans(options: Options, hosts: Sequence[str]) -> list[HostPlan]:
     from labdeploy import lock, plan  # noqa: PLC0415
-    from labdeploy.models.model import ModelBook  # noqa: PLC0415
+    from labdeploy.models.book import ModelBook  # noqa: PLC0415
 
     inventory = options.inventory
     book = ModelBook(inventory, lock.read(inventory.lock_path))

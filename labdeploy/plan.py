@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from labdeploy.hardware import Gpu
     from labdeploy.inventory import Host, Service
-    from labdeploy.models.model import ModelBook, ModelFacts
+    from labdeploy.models.book import ModelBook
+    from labdeploy.models.model import ModelFacts
 
 
 LEAST_SELF_SIZED_CONTEXT_MIB = 1024  # what vLLM is left at least for its KV cache: 8192 tokens of an 8B model in bf16

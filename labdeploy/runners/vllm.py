@@ -161,8 +161,9 @@ class Vllm:
 
     def plan(self, request: Request, budget: Budget) -> ServicePlan:
         """Choose every setting that matters; what the inventory says always wins and is still checked."""
-        _refuse_contradictions(request)
-        engine = _tune(request.settings, request.model.snapshot, budget)
+        snapshot = _snapshot(request)
+        _refuse_contradictions(request, snapshot)
+        engine = _tune(request.settings, snapshot, budget)
         settings = _choices(request, engine)
         deadline_s = start_timeout_s(
             request.model.size_bytes, budget.disk_mib_per_s, base_s=EAGER_START_S if engine.eager else COLD_START_S
@@ -209,11 +210,15 @@ RUNNER = Vllm()
 # --- what vLLM would refuse -------------------------------------------------------------------------------------
 
 
-def _refuse_contradictions(request: Request) -> None:
-    """Raise what no hardware could mend: vLLM would exit with these some 20 s after its start."""
+def _snapshot(request: Request) -> Snapshot:
     if request.model.snapshot is None:
         _refuse(request, "vLLM no longer loads GGUF files", "write runner: llama-server, or name a snapshot folder")
-    asked, snapshot = request.settings, request.model.snapshot
+    return request.model.snapshot
+
+
+def _refuse_contradictions(request: Request, snapshot: Snapshot) -> None:
+    """Raise what no hardware could mend: vLLM would exit with these some 20 s after its start."""
+    asked = request.settings
     for name in OWNED_ENV.keys() & request.env.keys():
         _refuse(request, f"env.{name} cannot be set here", OWNED_ENV[name])
     if asked.max_model_len and asked.max_model_len > snapshot.max_model_len:

@@ -19,7 +19,7 @@ from labdeploy import inventory as inventories  # noqa: E402
 from labdeploy import lock as locks  # noqa: E402
 from labdeploy import plan as planning  # noqa: E402
 from labdeploy.__main__ import run  # noqa: E402
-from labdeploy.models.model import ModelBook  # noqa: E402
+from labdeploy.models.book import ModelBook  # noqa: E402
 
 if TYPE_CHECKING:
     from labdeploy.inventory import Inventory

@@ -371,7 +371,7 @@ def test_auto_picks_a_runner_and_says_why(lab: Lab, keys: str, runner: str, why:
     plan = lab.plans(inventory)["h"]
     assert named(plan).runner == runner
     service = inventory.host("h").services["a"]
-    from labdeploy.models.model import ModelBook  # noqa: PLC0415
+    from labdeploy.models.book import ModelBook  # noqa: PLC0415
 
     book = ModelBook(inventory, lab.lock())
     assert why in planning.choose_runner(service, book.facts(service.model, "/srv"))[1]
