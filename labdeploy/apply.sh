@@ -205,6 +205,11 @@ rollback() { # ID GENERATION BY WATCH_S CONFIRM_S OPTIONS; GENERATION `previous`
 run_txn() { # VERB ID TARGET BY WATCH_S CONFIRM_S OPTIONS: the transaction as a service that outlives this connection
     command -v curl >/dev/null || refuse 2 "curl is not installed here" "apt-get install curl  (or your system's like)"
     _size=$(printf '%s\n' "$PROGRAM" | wc -c)
+    _n=0 # the unit of a push that has ended stays loaded for a moment more, and its name with it
+    while [ "$(systemctl show -p LoadState --value "$TXN_UNIT")" = loaded ] && [ $((_n += 1)) -le 100 ]; do
+        locked
+        sleep 0.05
+    done
     # The program goes in ahead of the bundle; nothing is left behind by a connection that is cut before systemd has it.
     exec 3>&1
     _said=$({ printf '%s\n' "$PROGRAM" && cat; } 2>/dev/null | systemd-run --quiet --collect --pipe --wait \

@@ -279,3 +279,13 @@ def test_an_api_key_stays_on_the_host(lab: Lab) -> None:
     ]
     assert not [text for text in seen if secret in text]
     assert lab.push_ok()["result"] == "unchanged"
+
+
+def test_commands_right_after_one_another(lab: Lab) -> None:
+    """The lock of a push is gone when its command is: what is typed next never meets it."""
+    lab.push_ok()
+    for number in range(12):
+        lab.set(ctx_size=1024 + 256 * number)
+        assert lab.push("--dry-run").code == 0
+        ended = lab.push(watch_s=0) if number % 2 else lab.run("rollback", lab.host.name)
+        assert ended.code == 0, ended.err
