@@ -7,8 +7,8 @@ BIN    := $(VENV)/bin
 
 setup: $(VENV)/.done
 
-$(VENV)/.done: pyproject.toml
-	$(PYTHON) -m venv $(VENV) || { echo "hint: sudo apt-get install python3-venv" >&2; exit 1; }
+$(VENV)/.done: pyproject.toml | system
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade-strategy only-if-needed -e '.[dev]'
 	touch $@
 

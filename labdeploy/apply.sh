@@ -202,6 +202,9 @@ rollback() { # ID GENERATION BY WATCH_S CONFIRM_S OPTIONS; GENERATION `previous`
     run_txn rollback "$1" "$_to" "$3" "$4" "$5" "$6"
 }
 
+# Where settle was killed or could not write. (Not OnFailure=: with it systemd 262 sometimes keeps the failed unit.)
+UNSETTLED="[ ! -e $ROOT/pending -a ! -e $ROOT/undo -a ! -e $ROOT/incoming ] || exec systemctl start --no-block $RECOVER_UNIT"
+
 run_txn() { # VERB ID TARGET BY WATCH_S CONFIRM_S OPTIONS: the transaction as a service that outlives this connection
     command -v curl >/dev/null || refuse 2 "curl is not installed here" "apt-get install curl  (or your system's like)"
     _size=$(printf '%s\n' "$PROGRAM" | wc -c)
@@ -215,8 +218,8 @@ run_txn() { # VERB ID TARGET BY WATCH_S CONFIRM_S OPTIONS: the transaction as a 
     _said=$({ printf '%s\n' "$PROGRAM" && cat; } 2>/dev/null | systemd-run --quiet --collect --pipe --wait \
         --service-type=exec --unit="$TXN_UNIT" --description="$1 $2 by $4" \
         -p RuntimeDirectory="${TXN#/run/}" -p RuntimeDirectoryMode=0700 \
-        -p RuntimeMaxSec=7200 -p TimeoutStopSec=3600 -p OnFailure="$RECOVER_UNIT" \
-        -p ExecStopPost="/bin/sh $TXN/program settle" \
+        -p RuntimeMaxSec=7200 -p TimeoutStopSec=3600 \
+        -p ExecStopPost="-/bin/sh $TXN/program settle" -p ExecStopPost="/bin/sh -c '$UNSETTLED'" \
         /bin/sh -c "timeout $RECEIVE_S head -c $_size >$TXN/program && . $TXN/program" "$TXN/program" txn "$@" \
         2>&1 >&3 3>&-)
     _rc=$?
@@ -601,8 +604,12 @@ fail() { # WHAT: from here on the way out is settle, which puts the old generati
     exit 21
 }
 
-place() { # FOLDER NAME: put a staged link in its place, in one rename; it is there already where none is staged
-    [ ! -L "$ROOT/$1/$2" ] || mv -T "$ROOT/$1/$2" "$ROOT/$2" && sync "$ROOT"
+place() { # FOLDER NAME GENERATION: put a link in its place, in one rename; staged only now where `pending` is older
+    if [ "$(generation "$2")" != "$3" ]; then
+        [ -L "$ROOT/$1/$2" ] || ln -s "gen/$3" "$ROOT/$1/$2" || return 1
+        mv -T "$ROOT/$1/$2" "$ROOT/$2" || return 1
+    fi
+    sync "$ROOT"
 }
 
 place_generation() {
@@ -631,7 +638,7 @@ switch() { # install the new files, then let systemd read them
     done
     enable_units "$added $changed $touched $same"
     sync_units || fail "cannot write $UNITS"
-    place incoming current || fail "cannot switch $ROOT/current"
+    place incoming current "$TO" || fail "cannot switch $ROOT/current"
     reload "$added $changed $touched"
 }
 
@@ -772,7 +779,7 @@ confirmed() { # the controller reaches this host over a new connection, or the o
 }
 
 commit() { # the rename of `good` decides
-    place incoming good || fail "cannot write $ROOT"
+    place incoming good "$TO" || fail "cannot write $ROOT"
     finish || exit 22 # settle goes on
     emit result changed "$(number "$TO")" "$(number "$FROM")"
 }
@@ -780,7 +787,7 @@ commit() { # the rename of `good` decides
 finish() { # all that follows the decision; every part can be done again
     reason="cannot write $ROOT"
     turn committed || return 1
-    [ "$FROM" = "$TO" ] || place incoming previous || return 1
+    [ "$FROM" = "$TO" ] || place incoming previous "$FROM" || return 1
     for _u in $release; do rm -rf "$ROOT/adopted/$_u" || return 1; done
     journal "$VERB" "$FROM" "$TO" ok && prune && close
 }
@@ -836,7 +843,7 @@ restore() { # the installed files as they were: renames and removals, so that a 
         systemctl enable --quiet --no-reload "$_u" 2>/dev/null || return 1
     done
     for _u in $was_disabled; do systemctl disable --quiet --no-reload "$_u" 2>/dev/null; done
-    sync_units && place undo current
+    sync_units && place undo current "$FROM"
 }
 
 uninstall() { # UNIT, back to where it came from: if it is still there, what is installed is not ours
@@ -921,10 +928,10 @@ settle() { # after txn, however it ended: nothing to do unless it was armed
 
 recover() { # at boot before our units, and where settle did not end: until it succeeds, for systemd starts it again
     if [ -e "$ROOT/pending" ]; then
-        case $(systemctl is-system-running 2>/dev/null) in
-            initializing | starting) NO_WAIT=--no-block ;; # systemd starts what is queued, as the files now say
-        esac
-        undo "rolled back at boot"
+        NO_WAIT=--no-block # our units start after this one has ended: to wait for them would be to wait for oneself
+        _why='rolled back'
+        case $(systemctl is-system-running 2>/dev/null) in initializing | starting) _why="$_why at boot" ;; esac
+        undo "$_why"
         [ $? -le 1 ] || exit 1
     fi
     tidy

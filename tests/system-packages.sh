@@ -13,6 +13,7 @@ need shellcheck shellcheck
 need tmux tmux
 need curl curl
 need busybox busybox
+python3 -c 'import ensurepip' 2>/dev/null || missing="$missing python3-venv"
 [ -n "$missing" ] || exit 0
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     apt-get update -qq

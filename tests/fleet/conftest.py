@@ -101,3 +101,15 @@ def fresh_host(make_host: MakeHost) -> SandboxHost:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a small GGUF file that llama-server serves."""
     return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny.gguf")
+    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny.gguf")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print what the fault suite has tried."""
+    import faults  # noqa: PLC0415
+
+    factory = getattr(config, "_tmp_path_factory", None)
+    file = factory.getbasetemp() / "faults.jsonl" if factory else None
+    if file and file.exists():
+        terminalreporter.write_line("")
+        terminalreporter.write_line(faults.table(file))

@@ -1,0 +1,463 @@
+"""Whatever happens, at whatever moment: the host is wholly old or wholly new, and the next push just works.
+
+Each story (a push, a push that fails, a rollback, a boot after a power cut) is first run once to see which points
+of the host program it passes; then again with a fault at those points. `make faults` tries all of them. `make test`
+draws some, with LABDEPLOY_FAULT_SEED or today's date as its seed.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+import itertools
+import os
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import faults
+import pytest
+from faults import Result, Victim
+from lab import Lab
+
+from labdeploy import sandbox
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from labdeploy.sandbox import SandboxHost
+
+ALL = os.environ.get("LABDEPLOY_FAULTS") == "all"
+SEED = os.environ.get("LABDEPLOY_FAULT_SEED") or f"{dt.datetime.now(dt.UTC):%Y%m%d}"
+DRAWN = 2  # points of each story and kind that `make test` tries
+KINDS = ("controller", "connection", "sleep", "kill", "power", "reboot", "full", "readonly", "reload")
+STORIES = ("push", "back", "rollback")
+COMMITTED = "commit"
+SILENT_S = faults.DEADLINE_S - 5  # more says that something waited for what cannot come
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the file with the program that has points."""
+    file = tmp_path_factory.mktemp("program") / "apply.sh"
+    file.write_text(faults.program_for_tests().text)
+    return file
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the file in which all workers note their results."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "faults.jsonl"
+
+
+@pytest.fixture(scope="session")
+def victims(
+    sandbox_dir: Path, tiny_model: Path, program: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Victims]:
+    """Return the hosts of this session that faults strike."""
+    made = Victims(sandbox_dir, tiny_model, program, tmp_path_factory)
+    yield made
+    made.end()
+
+
+class Victims:
+    """One host for each suite, on a small disk of its own, made when it is first asked for."""
+
+    def __init__(self, state_dir: Path, model: Path, program: Path, folders: pytest.TempPathFactory) -> None:
+        self._made: dict[str, Victim] = {}
+        self._state_dir, self._model, self._program, self._folders = state_dir, model, program, folders
+
+    def __getitem__(self, suite: str) -> Victim:
+        """Give the suite's host, whole and with a confirmed generation."""
+        if suite not in self._made:
+            host = faults.on_small_disk(sandbox.up([f"faults-{suite}"], suite, state_dir=self._state_dir)[0])
+            victim = Victim(Lab(self._folders.mktemp(suite), [host], self._model), self._program)
+            self._made[suite] = victim
+            for _ in range(2):
+                forward(victim)
+        return self._made[suite]
+
+    def end(self) -> None:
+        """Take the hosts down, and their disks."""
+        for victim in self._made.values():
+            sandbox.power_cut(victim.host)
+            faults.unmount(victim.host)
+
+    def forget(self, suite: str) -> None:
+        """Give up a host that a fault has left broken, so that the next case has a fresh one."""
+        victim = self._made.pop(suite)
+        sandbox.power_cut(victim.host)
+        faults.unmount(victim.host)
+        sandbox.down([victim.host.name], state_dir=self._state_dir)
+
+
+def forward(victim: Victim) -> None:
+    """Push the next inventory; it must end well, and the host must be whole."""
+    victim.turn += 1
+    victim.inventory(victim.turn)
+    code, out = victim.push()
+    assert code == 0, out
+    assert faults.problems(faults.look(victim.host)) == []
+
+
+def prepare(victim: Victim, story: str) -> list[str]:
+    """Write the inventory of a story, and give its command."""
+    victim.turn += 1
+    name = victim.host.name
+    if story == "rollback":
+        return ["rollback", name]
+    victim.inventory(victim.turn, **({"flags": ["--no-such-flag"]} if story == "back" else {}))
+    return ["push", name, "--watch", "0"]
+
+
+@functools.cache
+def points_of(victims: Victims, story: str) -> tuple[tuple[str, int], ...]:
+    """Run a story without a fault, and give the points it passes, in order: each at its first and second pass."""
+    victim = victims["sid"]
+    last = commit_point(victims) if story == "boot" else ""
+    words = prepare(victim, story)
+    if story == "boot":
+        victim.order((last, 1, "wait"), ("-", 1, "trace"))
+        process = victim.start(*words)
+        assert victim.wait_for_hit(process)
+        sandbox.power_cut(victim.host)
+        faults.end(process)
+        sandbox.boot(victim.host)
+    else:
+        victim.order(("-", 1, "trace"))
+        victim.run(*words)
+    victim.settled()
+    passed = victim.trace()
+    victim.order()
+    forward(victim)
+    seen: dict[str, int] = {}
+    found: list[tuple[str, int]] = []
+    for point in passed:
+        seen[point] = seen.get(point, 0) + 1
+        if seen[point] <= 2:
+            found.append((point, seen[point]))
+    assert found, f"{story} passed no point"
+    return tuple(found)
+
+
+def commit_point(victims: Victims) -> str:
+    """Give the last point before the decision."""
+    return next(p for p, _ in points_of(victims, "push") if p.startswith(COMMITTED))
+
+
+def drawn(points: tuple[tuple[str, int], ...], *about: str) -> list[tuple[str, int]]:
+    """Give all points, or those that the seed draws: of different functions as far as there are any."""
+    if ALL:
+        return list(points)
+    chance = random.Random(f"{SEED} {about}")  # noqa: S311
+    functions = sorted({p.split(":")[0] for p, _ in points})
+    chosen = chance.sample(functions, min(DRAWN, len(functions)))
+    return [chance.choice([p for p in points if p[0].split(":")[0] == f]) for f in chosen]
+
+
+def judge(victims: Victims, suite: str, result: Result, old: str, *, must: str = "") -> None:
+    """See that the host is whole, and that a fresh push brings it to what the inventory says."""
+    victim = victims[suite]
+    lines = faults.look(victim.host)
+    result.problems += faults.problems(lines)
+    current = next((line.split()[1] for line in faults.fields(lines, "link") if line.startswith("current")), "")
+    result.ended = result.ended if result.ended == "not reached" else "old" if current == old else "new"
+    if result.silent_s > SILENT_S and result.kind not in {"hangs before ready"}:
+        result.problems.append(f"silent for {result.silent_s} s")
+    if must and result.ended not in {must, "not reached"}:
+        result.problems.append(f"is {result.ended}, must be {must}")
+    try:
+        assert victim.lab.complete()
+        forward(victim)
+    except (AssertionError, OSError) as error:
+        result.problems.append(f"afterwards: {error}"[:600])
+    if result.problems:
+        victims.forget(suite)
+
+
+def current(victim: Victim) -> str:
+    """Give what is installed."""
+    return sandbox.run(victim.host, "readlink", "/etc/labdeploy/current").stdout.strip()
+
+
+CASES = list(itertools.product(STORIES, KINDS))
+
+
+@pytest.mark.parametrize(("story", "kind"), CASES)
+def test_one_fault(victims: Victims, results: Path, story: str, kind: str) -> None:
+    """One fault at one step: the host is whole without anybody's help, and the next push works."""
+    suites = itertools.cycle(sandbox.SUITES)
+    for _ in range((CASES.index((story, kind)) + int(SEED)) % len(sandbox.SUITES)):
+        next(suites)
+    points = points_of(victims, story)
+    order = [p for p, _ in points]
+    wrong: list[Result] = []
+    for point in drawn(points, story, kind):
+        suite = next(suites)
+        victim = victims[suite]
+        words = prepare(victim, story)
+        old = current(victim)
+        result = victim.strike(kind, point, *words)
+        result.story = story
+        after = any(p.startswith(COMMITTED) for p in order) and order.index(point[0]) > committed_at(order)
+        must = ("new" if after and story != "back" else "old") if kind in {"kill", "power"} else ""
+        judge(victims, suite, result, old, must=must)
+        faults.note(results, result)
+        if result.problems:
+            wrong.append(result)
+    assert not wrong, "\n".join(str(result) for result in wrong)
+
+
+def committed_at(order: list[str]) -> int:
+    """Give the index of the last point before `good` was renamed: the one inside `place` that `commit` calls."""
+    start = next(i for i, p in enumerate(order) if p.startswith(COMMITTED))
+    return next(i for i in range(start, len(order)) if not order[i].startswith((COMMITTED, "place:")))
+
+
+@pytest.mark.parametrize("kind", ["kill", "power", "reboot", "readonly"])
+def test_a_second_fault_while_it_boots(victims: Victims, results: Path, kind: str) -> None:
+    """The power goes in the middle of a push, and another fault strikes what puts things right at boot."""
+    suites = itertools.cycle(sandbox.SUITES)
+    wrong: list[Result] = []
+    last = commit_point(victims)
+    for point in drawn(points_of(victims, "boot"), "boot", kind):
+        victim = victims[suite := next(suites)]
+        words = prepare(victim, "boot")
+        old = current(victim)
+        result = victim.strike(kind, point, *words, before=((last, 1, "wait"),))
+        result.story, result.kind = "boot", f"power, then {kind}"
+        judge(victims, suite, result, old, must="old")
+        faults.note(results, result)
+        wrong += [result] if result.problems else []
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+# --- faults that have a place of their own ------------------------------------------------------------------------------
+
+BROKEN = {
+    "crash at start": "#!/bin/sh\nexit 1\n",
+    "crash after 5 s": '#!/bin/sh\n{runner} "$@" & sleep 5; kill -9 $!; exit 1\n',
+    "hangs before ready": "#!/bin/sh\nexec sleep 600\n",
+    "answers 500": "#!/bin/sh\nexec perl -MIO::Socket::INET -e '"
+    "$s = IO::Socket::INET->new(LocalAddr => $ARGV[0], LocalPort => 8080, Listen => 9, ReuseAddr => 1) or exit 3;"
+    'while ($c = $s->accept) {{ $l = <$c>; print $c ($l =~ /health/ ? "HTTP/1.0 200 OK\\r\\n\\r\\n" : '
+    '"HTTP/1.0 500 No\\r\\n\\r\\n"); close $c }}\' {address}\n',
+}
+
+
+@pytest.mark.parametrize("suite", sandbox.SUITES)
+@pytest.mark.parametrize("kind", [*BROKEN, "unit fails verify"])
+def test_a_service_that_is_no_good(victims: Victims, results: Path, suite: str, kind: str) -> None:
+    """A service that crashes, hangs, answers nonsense or is no valid unit: the old generation is back, and serves."""
+    victim = victims[suite]
+    victim.turn += 1
+    old = current(victim)
+    runner = "/usr/bin/llama-server" if suite == "sid" else "/usr/local/bin/llama-server"
+    template = victim.lab.folder / "templates" / "llama-server.service.j2"
+    if kind in BROKEN:
+        script = victim.lab.folder / "broken"
+        script.write_text(BROKEN[kind].format(runner=runner, address=victim.host.address))
+        sandbox.copy_in(victim.host, script, "/usr/local/bin/broken", mode="0755")
+        victim.lab.extra = {"runners": {"llama-server": "/usr/local/bin/broken"}}
+    else:
+        template.parent.mkdir(exist_ok=True)
+        template.write_text('{% extends "base.service.j2" %}\n{% block restart %}\nRestartSec=abc\n{% endblock %}\n')
+    victim.inventory(victim.turn)
+    watcher = faults.Watcher(victim.host.address, victim.lab.port)
+    watcher.start()
+    code, out = victim.run("push", victim.host.name, "--watch", "7")
+    result = Result(suite, "push", kind, "-", ended="hit", silent_s=round(watcher.stop(), 2))
+    if code != (2 if kind == "unit fails verify" else 5):
+        result.problems.append(f"exit code {code}: {out[-300:]}")
+    victim.lab.extra = {}
+    template.unlink(missing_ok=True)
+    judge(victims, suite, result, old, must="old")
+    faults.note(results, result)
+    assert not result.problems
+
+
+# --- adoption -----------------------------------------------------------------------------------------------------------
+
+FOREIGN = "ollama.service"
+ADOPT_KINDS = ("kill", "power", "reboot", "full", "readonly", "connection")
+MAKE_FOREIGN = f"""
+cd /etc/systemd/system && mkdir {FOREIGN}.d && printf '[Service]\\nEnvironment=MINE=1\\n' >{FOREIGN}.d/10-mine.conf &&
+printf '[Service]\\nExecStart=/bin/sleep infinity\\n[Install]\\nWantedBy=default.target\\n' >{FOREIGN} &&
+chmod 0600 {FOREIGN} && ln -s {FOREIGN} llm.service && systemctl daemon-reload && systemctl enable -q {FOREIGN} &&
+systemctl start {FOREIGN}
+"""
+AS_FOUND = f"""
+cd /etc/systemd/system && find . \\( -path '*ollama*' -o -name 'llm*' \\) -printf '%p %m %U %G %T@ %l\\n' | sort
+sha256sum {FOREIGN} {FOREIGN}.d/*; systemctl is-enabled {FOREIGN}; systemctl is-active {FOREIGN}
+systemctl show -p Environment -p NeedDaemonReload {FOREIGN}
+"""
+
+
+class Adopter:
+    """A host with a unit that is not ours, and what it looked like."""
+
+    def __init__(self, victim: Victim) -> None:
+        self.victim = victim
+        sandbox.run(victim.host, "sh", "-c", MAKE_FOREIGN)
+        self.before = self.found()
+        self.services: dict[str, dict[str, object]] = {}
+
+    def found(self) -> str:
+        """Give all that belongs to the foreign unit."""
+        return sandbox.run(self.victim.host, "sh", "-c", AS_FOUND, check=False).stdout
+
+    def words(self, story: str) -> list[str]:
+        """Write the inventory that adopts or releases the unit, and give the command."""
+        lab, name = self.victim.lab, self.victim.host.name
+        if story == "adopt":
+            lab.set(unit=FOREIGN)
+            return ["push", name, "--watch", "0", "--adopt"]
+        lab.write({"hosts": {name: lab._host(lab.host, {}) | {"services": {}}}})
+        return ["push", name, "--watch", "0"]
+
+    def problems(self) -> list[str]:
+        """Say what is wrong: the host must be whole, and without our service all must be as it was found."""
+        lines = faults.look(self.victim.host)
+        ours = any(FOREIGN in line for line in faults.fields(lines, "same") + faults.fields(lines, "differs"))
+        wrong = faults.problems(lines, (FOREIGN,) if ours else ())
+        if not ours and (now := self.found()) != self.before:
+            wrong.append(f"not as it was found: {now}")
+        return wrong
+
+    def to(self, story: str) -> list[str]:
+        """Push to the end that a story has."""
+        code, out = self.victim.run(*self.words(story))
+        return ([] if code == 0 else [f"exit code {code}: {out[-300:]}"]) + self.problems()
+
+
+@pytest.fixture(scope="session")
+def adopters(
+    sandbox_dir: Path, tiny_model: Path, program: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Adopter]]:
+    """Return the hosts with foreign units; filled as they are needed."""
+    made: dict[str, Adopter] = {}
+    yield made
+    for adopter in made.values():
+        sandbox.power_cut(adopter.victim.host)
+        faults.unmount(adopter.victim.host)
+
+
+@pytest.mark.parametrize("kind", ADOPT_KINDS)
+@pytest.mark.parametrize("story", ["adopt", "release"])
+def test_a_unit_that_was_there_before(
+    adopters: dict[str, Adopter],
+    sandbox_dir: Path,
+    tiny_model: Path,
+    program: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    results: Path,
+    story: str,
+    kind: str,
+) -> None:
+    """A fault while a foreign unit is adopted or given back never loses a byte, a mode or a link of it."""
+
+    def adopter_of(suite: str) -> Adopter:
+        if suite not in adopters:
+            host = faults.on_small_disk(sandbox.up([f"adopts-{suite}"], suite, state_dir=sandbox_dir)[0])
+            adopters[suite] = Adopter(Victim(Lab(tmp_path_factory.mktemp(suite), [host], tiny_model), program))
+        return adopters[suite]
+
+    points = adoption_points(adopter_of("sid"), story)
+    suites = itertools.cycle(sandbox.SUITES)
+    wrong: list[Result] = []
+    for point in drawn(points, story, kind):
+        adopter = adopter_of(next(suites))
+        result = Result(adopter.victim.host.suite, story, kind, str(point))
+        result.problems += adopter.to("release" if story == "adopt" else "adopt")
+        struck = adopter.victim.strike(kind, point, *adopter.words(story))
+        result.silent_s, result.ended = struck.silent_s, struck.ended
+        result.problems += adopter.problems() + adopter.to(story)
+        faults.note(results, result)
+        wrong += [result] if result.problems else []
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@functools.cache
+def adoption_points(adopter: Adopter, story: str) -> tuple[tuple[str, int], ...]:
+    """Give the points that an adoption or a release passes."""
+    assert adopter.to("release" if story == "adopt" else "adopt") == []
+    adopter.victim.order(("-", 1, "trace"))
+    assert adopter.to(story) == []
+    passed = list(dict.fromkeys(adopter.victim.trace()))
+    adopter.victim.order()
+    return tuple((point, 1) for point in passed)
+
+
+# --- more than one at once ----------------------------------------------------------------------------------------------
+
+
+def test_two_controllers_at_once(victims: Victims) -> None:
+    """Of two pushes that start together one wins whole; the other is told who holds the host, and changes nothing."""
+    chance = random.Random(SEED)  # noqa: S311
+    for attempt in range(40 if ALL else 6):
+        victim = victims[sandbox.SUITES[attempt % 3]]
+        victim.turn += 1
+        victim.inventory(victim.turn)
+        first = victim.start("push", victim.host.name, "--watch", "0")
+        faults.time.sleep(chance.random() * 0.5)
+        second = victim.start("push", victim.host.name, "--watch", "0")
+        said = [process.communicate(timeout=60)[0] for process in (first, second)]
+        codes = sorted((first.returncode, second.returncode))
+        assert codes in ([0, 6], [0, 0]), said
+        if codes == [0, 0]:
+            assert any("no changes" in text or "unchanged" in text for text in said), said
+        else:
+            assert any("another push" in text for text in said), said
+        assert faults.problems(faults.look(victim.host)) == []
+
+
+def test_confirmations_that_nobody_waits_for(victims: Victims) -> None:
+    """A confirmation that is late, or for another push, is refused and changes nothing."""
+    victim = victims["sid"]
+    forward(victim)
+    before = faults.look(victim.host)
+    argv = sandbox.ssh_argv(victim.host, f"sh /etc/labdeploy/bin/labdeploy-host confirm {'20000101T000000Z-abcdef'}")
+    ended = faults.subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert "is not waiting here" in ended.stdout
+    assert faults.look(victim.host) == before
+    point = next(p for p, _ in points_of(victims, "push") if p.startswith("confirmed"))
+    victim.turn += 1
+    victim.inventory(victim.turn)
+    old = current(victim)
+    victim.order((point, 1, "wait"))
+    process = victim.start("push", victim.host.name, "--watch", "0")
+    assert victim.wait_for_hit(process)
+    faults.end(process)
+    ended = faults.subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert "is not waiting here" in ended.stdout
+    victim.go()
+    victim.settled()
+    victim.order()
+    assert current(victim) == old
+    assert faults.problems(faults.look(victim.host)) == []
+
+
+def test_what_an_older_program_left_pending(victims: Victims) -> None:
+    """A `pending` without what today's program stages beside it is undone as well."""
+    victim = victims["trixie"]
+    last = commit_point(victims)
+    victim.turn += 1
+    victim.inventory(victim.turn)
+    old = current(victim)
+    victim.order((last, 1, "wait"))
+    process = victim.start("push", victim.host.name, "--watch", "0")
+    assert victim.wait_for_hit(process)
+    sandbox.run(
+        victim.host,
+        *("sh", "-c"),
+        "cd /etc/labdeploy && rm undo/current undo/restored undo/committed undo/room && sed -i '/^phase/d; /^was_dis/d' pending",
+    )
+    sandbox.power_cut(victim.host)
+    faults.end(process)
+    sandbox.boot(victim.host)
+    victim.settled()
+    victim.order()
+    assert current(victim) == old
+    assert faults.problems(faults.look(victim.host)) == []
+    forward(victim)
