@@ -605,7 +605,7 @@ fail() { # WHAT: from here on the way out is settle, which puts the old generati
 }
 
 place() { # FOLDER NAME GENERATION: put a link in its place, in one rename; staged only now where `pending` is older
-    if [ "$(generation "$2")" != "$3" ]; then
+    if [ "$(readlink "$ROOT/$2" 2>/dev/null)" != "gen/$3" ]; then
         [ -L "$ROOT/$1/$2" ] || ln -s "gen/$3" "$ROOT/$1/$2" || return 1
         mv -T "$ROOT/$1/$2" "$ROOT/$2" || return 1
     fi

@@ -9,6 +9,7 @@ need systemd-nspawn systemd-container
 need mmdebstrap mmdebstrap
 need systemd-analyze systemd
 need ssh openssh-client
+need mkfs.ext4 e2fsprogs
 need shellcheck shellcheck
 need tmux tmux
 need curl curl

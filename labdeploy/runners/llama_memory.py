@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -29,11 +29,16 @@ MIB = 1024 * 1024
 F32, F16 = 4, 2
 CTX_PAD_TOKENS = 256  # llama-context.cpp pads the context to this, llama-kv-cache-iswa.cpp the sliding cache
 
-# A CUDA or HIP context of one process on one GPU, in no table of llama.cpp: 376 MiB (#25265), 451-456 MiB on an
-# RTX 4090 (PR #15860), 614 MiB (#19379).
-GPU_CONTEXT_MIB = 500.0
+# A CUDA or HIP context of one process on one GPU, in no table of llama.cpp: 573-596 MiB on an H100 once it is ready
+# (0.5.0-dev, driver 580); 376 MiB (#25265), 451-456 MiB on an RTX 4090 (PR #15860), 614 MiB (#19379).
+GPU_CONTEXT_MIB = 600.0
+# What a CUDA process takes at the first prompts besides, all measured on an H100: for any model, for the workspace of
+# cuBLAS where products go through it, for graphs of state-space mixers and for each further slot of theirs.
+GPU_POOL_MIB, CUBLAS_MIB, MIXER_POOL_MIB, MIXER_SLOT_MIB = 20.0, 110.0, 40.0, 24.0
 # Resident set of llama-server without weights, cache and buffers: 80-90 MiB, measured with 0.7.0.
 PROCESS_MIB = 90.0
+# Anonymous memory that CUDA adds to it: 20 to 80 MiB (H100, 0.5.0-dev).
+GPU_PROCESS_MIB = 80.0
 # One vocabulary entry in the tokenizer: 130 bytes measured with 0.7.0 on short tokens without merges; three times
 # that for real tokens with merges.
 TOKENIZER_BYTES_PER_TOKEN = 400
@@ -145,7 +150,7 @@ def _gpu(shape: ModelShape, settings: LlamaMemorySettings, places: Places, gpu: 
         model_mib=total_bytes(places.weights(gpu)) / MIB,
         context_mib=context_mib(places.layers(gpu), settings, shape),
         compute_mib=gpu_compute_mib(shape, settings, places),
-        overhead_mib=GPU_CONTEXT_MIB,
+        overhead_mib=gpu_overhead_mib(shape, settings),
     )
 
 
@@ -155,7 +160,7 @@ def _host(shape: ModelShape, settings: LlamaMemorySettings, places: Places) -> H
     return HostMemory(
         model_mib=weights_mib - repacked,
         context_mib=context_mib(places.layers(CPU), settings, shape),
-        compute_mib=host_compute_mib(shape, settings) if settings.n_gpus else cpu_compute_mib(shape, settings),
+        compute_mib=host_compute_mib(shape, settings, places) if settings.n_gpus else cpu_compute_mib(shape, settings),
         overhead_mib=process_mib(shape, settings),
         repack_mib=repacked + copied,
         mapped_mib=weights_mib,
@@ -408,14 +413,14 @@ def mixer_bytes(shape: ModelShape, layer: LayerShape, settings: LlamaMemorySetti
     """Peak of a state-space mixer: projections and convolutions of each token, and the state of each sequence.
 
     Fitted to Mamba2-7B, Nemotron-H-8B and Granite-4.0-H-Tiny, and to Falcon-H1-1.5B, whose mixer runs beside the
-    attention and holds more; 0 to +6 % there.
+    attention and holds more; 0 to +6 % there. CUDA holds the state twice.
     """
     conv, inner = layer.tensor("ssm_conv1d"), layer.tensor("ssm_out")
     if not conv or not inner or not layer.is_recurrent:
         return 0
     projected = layer.rows("ssm_in") or layer.rows("attn_qkv") + layer.rows("attn_gate")
     elements = projected + 2 * conv.shape[-1] + 3 * inner.shape[0] + (2 if layer.has_kv else 1) * shape.n_embd
-    states = layer.n_s * 2 if layer.has_kv else layer.n_s * 4 // 3
+    states = layer.n_s * 2 if layer.has_kv or settings.n_gpus else layer.n_s * 4 // 3
     return (elements * n_ubatch(settings) + settings.parallel * states) * F32
 
 
@@ -424,13 +429,49 @@ def graph_bytes(shape: ModelShape, layer: LayerShape, settings: LlamaMemorySetti
 
     `n_residual` counts the tensors of n_embd x tokens alive beside them: 5 on the CPU, 4 on a GPU.
     """
-    token_bytes = n_ubatch(settings) * F32
-    residual = n_residual * shape.n_embd
-    ffn = ffn_elements(shape, layer) + residual
-    attention = attention_elements(shape, layer, flash_attn=settings.flash_attn) + residual
-    attention += kq_elements(shape, layer, settings)
-    attention_bytes = attention * token_bytes + latent_value_bytes(shape, layer, settings) if layer.has_kv else 0
-    return max(ffn * token_bytes, attention_bytes, mixer_bytes(shape, layer, settings))
+    elements = ffn_elements(shape, layer) + n_residual * shape.n_embd
+    if settings.n_gpus:
+        elements += fused_experts_elements(shape, layer)
+    ffn = elements * n_ubatch(settings) * F32
+    return max(ffn, attention_bytes(shape, layer, settings, n_residual), mixer_bytes(shape, layer, settings))
+
+
+def attention_bytes(shape: ModelShape, layer: LayerShape, settings: LlamaMemorySettings, n_residual: int) -> int:
+    """Peak of the attention of one layer. On a GPU with what a large tensor in it keeps from being shared."""
+    if not layer.has_kv:
+        return 0
+    elements = attention_elements(shape, layer, flash_attn=settings.flash_attn) + n_residual * shape.n_embd
+    elements += kq_elements(shape, layer, settings)
+    copies = flash_copy_bytes(layer, settings, shape) if settings.n_gpus else 0
+    if copies and not shape.is_mla:
+        elements += 2 * layer.n_head * layer.head_k
+    if layer.experts and settings.n_gpus and (copies or not settings.flash_attn):
+        elements += ffn_elements(shape, layer)
+    beside = mixer_bytes(shape, layer, settings) if copies else 0
+    return elements * n_ubatch(settings) * F32 + latent_value_bytes(shape, layer, settings) + copies + beside
+
+
+def flash_copy_bytes(layer: LayerShape, settings: LlamaMemorySettings, shape: ModelShape) -> int:
+    """Return the copies in f16 that flash attention on CUDA makes of a layer's whole cache where it is of another type.
+
+    Seen on 24 models (H100, 0.5.0-dev): 512 MiB for Llama-3.1-8B with 131072 tokens in q8_0. Software Vulkan makes
+    none. Source: ggml_cuda_flash_attn_ext_get_alloc_size (fattn.cu).
+    """
+    if not settings.flash_attn:
+        return 0
+    n_k = layer.n_k if settings.cache_type_k != "f16" else 0
+    n_v = layer.n_v if settings.cache_type_v != "f16" else 0
+    return n_stream(settings) * n_cells(layer, settings, shape.n_swa) * (n_k + n_v) * F16
+
+
+def fused_experts_elements(shape: ModelShape, layer: LayerShape) -> int:
+    """Return what CUDA keeps of the experts for its fused sum: their outputs, weighted and not, at once.
+
+    They cost nothing more where the second fits in the place of gate, up and product. Source:
+    ggml_backend_cuda_graph_optimize (ggml-cuda.cu); fitted to GLM-4.5-Air and Qwen3-Next-80B.
+    """
+    narrow = layer.experts and 3 * shape.n_ff_exp * 10 < 11 * shape.n_embd
+    return layer.n_expert_used * shape.n_embd if narrow else 0
 
 
 def cpu_compute_mib(shape: ModelShape, settings: LlamaMemorySettings) -> float:
@@ -443,8 +484,15 @@ def cpu_compute_mib(shape: ModelShape, settings: LlamaMemorySettings) -> float:
     return (graph + mask_bytes(shape, settings) + rotation_bytes(shape, settings)) / MIB
 
 
-def host_compute_mib(shape: ModelShape, settings: LlamaMemorySettings) -> float:
-    """Host part of the compute buffer beside a GPU: 4 x n_embd x ubatch f32 and the inputs. Exact with 0.7.0."""
+def host_compute_mib(shape: ModelShape, settings: LlamaMemorySettings, places: Places) -> float:
+    """Host part of the compute buffer beside a GPU: 4 x n_embd x ubatch f32 and the inputs.
+
+    Exact with 0.7.0 on software Vulkan; CUDA (0.5.0-dev) has 2 x n_embd. What the CPU computes itself is an upper
+    bound: small micro-batches and state-space mixers.
+    """
+    small = n_ubatch(settings) < OP_OFFLOAD_MIN_TOKENS and not places.all_on_gpu
+    if small or any(layer.is_recurrent for layer in places.layers(CPU)):
+        return cpu_compute_mib(shape, replace(settings, n_gpus=0))
     inputs = mask_bytes(shape, settings) + rotation_bytes(shape, settings)
     return (4 * shape.n_embd * n_ubatch(settings) * F32 + inputs) / MIB
 
@@ -452,7 +500,8 @@ def host_compute_mib(shape: ModelShape, settings: LlamaMemorySettings) -> float:
 def gpu_compute_mib(shape: ModelShape, settings: LlamaMemorySettings, places: Places) -> float:
     """Compute buffer of each GPU, also with gpu_layers 0: large products of the CPU's layers run on the GPU.
 
-    All on the GPU: 4 x ubatch x (ffn + 4 x n_embd) and the masks; exact on 7 models (software Vulkan, 0.7.0).
+    All on the GPU: 4 x ubatch x (ffn + 4 x n_embd) and the masks; exact on 7 models (software Vulkan, 0.7.0). CUDA
+    (H100, 0.5.0-dev, 28 models) takes less: the plan is 0 to 44 % high with an f16 cache, by 6 % in the median.
     """
     inputs = mask_bytes(shape, settings) + rotation_bytes(shape, settings)
     if places.all_on_gpu:
@@ -464,10 +513,8 @@ def gpu_compute_mib(shape: ModelShape, settings: LlamaMemorySettings, places: Pl
 def mixed_graph_bytes(shape: ModelShape, settings: LlamaMemorySettings, places: Places) -> int:
     """Peak of the GPU's graph when layers or experts are on the CPU. An upper bound.
 
-    Either the feed-forward network with 6 x n_embd or the attention of a CPU layer with its KV cache copied over,
-    and the greatest weight that is copied over. Against 0.7.0 on software Vulkan 0 to 38 % high (median 13 %), but 7 %
-    low for Qwen2.5-7B, whose buffer the 128 MiB limit of that device breaks up. Equal to the 248 MiB of a
-    Llama-3.1-8B with 15 of 33 layers on CUDA (log of 2026-06-28).
+    Either one layer with 6 x n_embd or the attention of a CPU layer with its KV cache copied over, and the greatest
+    weight that is copied over. On CUDA 27 % high in the median, and never low but for gpt-oss without flash attention.
     """
     graph = max(graph_bytes(shape, layer, settings, 6) for layer in shape.trunk)
     attention = offloaded_attention_bytes(shape, settings, places)
@@ -475,19 +522,53 @@ def mixed_graph_bytes(shape: ModelShape, settings: LlamaMemorySettings, places: 
 
 
 def copied_weight_bytes(settings: LlamaMemorySettings, places: Places) -> int:
-    """Return the greatest weight on the CPU that a GPU computes with: it is copied for each product."""
+    """Return the greatest weight on the CPU that a GPU computes with: it is copied for each product.
+
+    Between state-space mixers two stacks of experts can be there at once (Qwen3-Next-80B).
+    """
     if n_ubatch(settings) < OP_OFFLOAD_MIN_TOKENS:
         return 0
     outside = (*places.shape.input_tensors, *places.shape.output_tensors)
-    return max((t.n_bytes for t in places.weights(CPU) if t not in outside), default=0)
+    greatest = max((t.n_bytes for t in places.weights(CPU) if t not in outside), default=0)
+    return 2 * greatest if places.n_cpu_moe and places.shape.is_recurrent else greatest
 
 
 def offloaded_attention_bytes(shape: ModelShape, settings: LlamaMemorySettings, places: Places) -> int:
-    """KV cache of a layer on the CPU, copied to the GPU that computes its attention, and 5 n_embd and 2 queries."""
+    """Attention of a layer on the CPU that a GPU computes, with the KV cache copied over, and with it a hole.
+
+    The hole is up to half the copy (2.5 copies with MLA, whose K is K and V). An upper bound on CUDA.
+    """
+    if n_ubatch(settings) < OP_OFFLOAD_MIN_TOKENS and not shape.is_recurrent:
+        return 0
     layers = [layer for layer in places.layers(CPU) if layer.has_kv and not layer.is_mtp]
-    cache = max((kv_mib(layer, settings, shape) for layer in layers), default=0.0)
-    query = max((layer.n_head * layer.head_k for layer in layers), default=0)
-    return int(cache * MIB) + (5 * shape.n_embd + 2 * query) * n_ubatch(settings) * F32
+    n_copies = 2.5 if shape.is_mla else 1.5
+
+    def bytes_of(layer: LayerShape) -> int:
+        cache, query = int(n_copies * kv_mib(layer, settings, shape) * MIB), 2 * layer.n_head * layer.head_k
+        return cache + attention_bytes(shape, layer, settings, 5) + query * n_ubatch(settings) * F32
+
+    return max(map(bytes_of, layers), default=0)
+
+
+def gpu_overhead_mib(shape: ModelShape, settings: LlamaMemorySettings) -> float:
+    """Memory of the process on each GPU outside every table: its context, and pools that grow with the first prompts.
+
+    The pools hold the activations of one micro-batch in q8_1 and, without flash attention, the scores in f16. An upper
+    bound on 60 runs with prompts of up to 8000 tokens on an H100 (0.5.0-dev), 7 to 169 MiB high with flash attention.
+    """
+    widest = max(max(layer.n_ff, layer.n_expert_used * shape.n_ff_exp, shape.n_embd) for layer in shape.trunk)
+    pool = kv_bytes(widest * n_ubatch(settings), "q8_1") + F16 * n_ubatch(settings) * max(
+        kq_elements(shape, layer, settings) for layer in shape.trunk
+    )
+    mixers = MIXER_POOL_MIB + (settings.parallel - 1) * MIXER_SLOT_MIB if shape.is_recurrent else 0
+    return GPU_CONTEXT_MIB + GPU_POOL_MIB + mixers + pool / MIB + (CUBLAS_MIB if uses_cublas(shape, settings) else 0)
+
+
+def uses_cublas(shape: ModelShape, settings: LlamaMemorySettings) -> bool:
+    """Say whether some products of large batches go through cuBLAS: plain floats, which quantised dense models lack."""
+    if shape.is_recurrent or not settings.flash_attn:
+        return True
+    return any(t.type in ("F32", "F16", "BF16") and len(t.shape) > 1 for t in shape.trunk[-1].tensors)
 
 
 def pipeline_bytes(shape: ModelShape, settings: LlamaMemorySettings) -> int:
@@ -502,7 +583,8 @@ def pipeline_bytes(shape: ModelShape, settings: LlamaMemorySettings) -> int:
 def process_mib(shape: ModelShape, settings: LlamaMemorySettings) -> float:
     """Memory of the process outside every table: itself, the tokenizer, and the logits of every slot."""
     logits = shape.n_vocab * settings.parallel * F32
-    return PROCESS_MIB + (shape.n_vocab * TOKENIZER_BYTES_PER_TOKEN + logits) / MIB
+    process = PROCESS_MIB + (GPU_PROCESS_MIB if settings.n_gpus else 0)
+    return process + (shape.n_vocab * TOKENIZER_BYTES_PER_TOKEN + logits) / MIB
 
 
 def repackable(tensor_type: str, shape: Sequence[int], cpu_flags: AbstractSet[str]) -> bool:

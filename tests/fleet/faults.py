@@ -9,7 +9,9 @@ new points by itself, and the shipped program has no hooks for tests.
 
 from __future__ import annotations
 
+import datetime as dt
 import json
+import os
 import re
 import socket
 import statistics
@@ -29,8 +31,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from lab import Lab
+
     from labdeploy.sandbox import SandboxHost
 
+ALL = os.environ.get("LABDEPLOY_FAULTS") == "all"
+SEED = os.environ.get("LABDEPLOY_FAULT_SEED") or f"{dt.datetime.now(dt.UTC):%Y%m%d}"
 CONFIRM_S = 2
 KEEP = 3
 DEADLINE_S = 20  # a service's time to start; a tiny model needs less than one second
@@ -43,6 +48,7 @@ LOOKING = {  # functions that only look, or run outside of a transaction; all ot
     *("gpu_in_use", "unhealthy", "state", "history", "files", "confirm", "would", "fail", "intent", "load_pending"),
     *("not_running", "drifted_units", "compare_units", "locked", "refuse_drift", "touched_since", "preflight_service"),
 }
+_CHANGING = "mv|rm|sync|cp|ln|mkdir|durable|place|put|turn|close|prune|systemctl|take_away|bring_home|uninstall"
 POINT = r"""
 _point() {
     _f_rc=$?
@@ -72,7 +78,7 @@ _fault() {
 }
 """
 
-# --- points -------------------------------------------------------------------------------------------------------
+# --- points ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ def _between(line: str, number: int, point: Any) -> str:  # noqa: ANN401
         parts += 1
         return f"{match[1]} {point(number, parts)}{';' if match[1] == 'do' else ' &&'} {match[2]}"
 
-    return re.sub(r"(&&|\bdo) (mv|rm|sync|cp|ln|mkdir|durable|place|put|turn|close|prune|systemctl|take_away)\b", put, line)
+    return re.sub(rf"(&&|\bdo) ({_CHANGING})\b", put, line)
 
 
 def program_for_tests() -> Program:
@@ -148,7 +154,7 @@ def program_for_tests() -> Program:
     return Program(text, made.points)
 
 
-# --- looking at the service from outside ----------------------------------------------------------------------------
+# --- looking at the service from outside -----------------------------------------------------------------------------
 
 
 class Watcher(threading.Thread):
@@ -186,7 +192,7 @@ class Watcher(threading.Thread):
         return self.longest_s
 
 
-# --- a disk of its own -------------------------------------------------------------------------------------------------
+# --- a disk of its own -----------------------------------------------------------------------------------------------
 
 
 def on_small_disk(host: SandboxHost, size_mib: int = 160) -> SandboxHost:
@@ -233,14 +239,16 @@ cd /etc/labdeploy 2>/dev/null || exit 0
 for link in current good previous; do echo "link $link $(readlink $link)"; done
 ls -A | sed 's/^/top /'; ls -A bin | sed 's/^/bin /'; ls -A adopted | sed 's/^/adopted /'
 ls gen | sed 's/^/gen /'
-for g in gen/*; do [ $g = gen/000000 ] || (cd $g && sha256sum --quiet -c SHA256SUMS >/dev/null 2>&1) || echo "damaged $g"; done
+for g in gen/*; do
+    [ $g = gen/000000 ] || (cd $g && sha256sum --quiet -c SHA256SUMS >/dev/null 2>&1) || echo "damaged $g"
+done
 ls -A /run/labdeploy 2>/dev/null | sed 's/^/run /'
 cd /etc/systemd/system
 for u in $(cut -d' ' -f1 /etc/labdeploy/current/units 2>/dev/null); do
     cmp -s $u /etc/labdeploy/current/systemd/$u && echo "same $u" || echo "differs $u"
     pid=$(systemctl show -p MainPID --value $u)
     echo "process $u $(systemctl is-active $u) $(tr '\0' ' ' </proc/$pid/cmdline 2>/dev/null)"
-    echo "wanted $u $(tr -d '\\\n' <$u | sed -n 's/.*ExecStart=//p' | sed 's/ExecStartPost.*//' | grep -o -e '--ctx-size [0-9]*')"
+    echo "wanted $u $(grep -o -e '--ctx-size [0-9]*' $u | head -n 1)"
     [ "$(systemctl show -p NeedDaemonReload --value $u)" = no ] || echo "unread $u"
 done
 find . -name 'labdeploy-*' -printf 'file %P %y\n'
@@ -267,8 +275,8 @@ def problems(lines: list[str], adopted: tuple[str, ...] = ()) -> list[str]:
     links = dict(line.split(" ", 1) for line in fields(lines, "link"))
     if links and links["current"] != links["good"] and (links["current"], links["good"]) != ("gen/000000", ""):
         found.append(f"current {links['current']}, good {links['good']}")
-    if links.get("previous") and links["previous"] == links["current"]:
-        found.append("previous is current")
+    if links.get("current", "gen/000000") != "gen/000000" and links["previous"] in {"", links["current"]}:
+        found.append(f"previous is {links['previous'] or 'missing'}")
     strays = set(fields(lines, "top")) - {"gen", "bin", "adopted", "current", "good", "previous", "journal.jsonl"}
     found += [f"stray {name}" for name in sorted(strays)]
     found += [f"stray bin/{name}" for name in fields(lines, "bin") if name != "labdeploy-host"]
@@ -279,7 +287,8 @@ def problems(lines: list[str], adopted: tuple[str, ...] = ()) -> list[str]:
     ours = [u for u in units if u.startswith("labdeploy-")]
     files = {line for line in fields(lines, "file") if "labdeploy-recover" not in line}
     wanted = {f"{u} f" for u in ours} | {f"multi-user.target.wants/{u} l" for u in ours}
-    found += [f"missing {name}" for name in sorted(wanted - files)] + [f"stray {name}" for name in sorted(files - wanted)]
+    found += [f"missing {name}" for name in sorted(wanted - files)]
+    found += [f"stray {name}" for name in sorted(files - wanted)]
     sizes = dict(line.split(" ", 1) for line in fields(lines, "wanted"))
     for line in fields(lines, "process"):
         unit, state, command = line.split(" ", 2)
@@ -308,7 +317,7 @@ def _journal_problems(journal: list[str], current: str) -> list[str]:
     return found
 
 
-# --- a host under faults -----------------------------------------------------------------------------------------------
+# --- a host under faults ---------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -401,14 +410,9 @@ class Victim:
     def settled(self) -> None:
         """Wait until nothing of labdeploy runs on the host or waits to be undone."""
         deadline = time.monotonic() + SETTLED_S
-        ask = (
-            "[ ! -e /etc/labdeploy/pending ] && [ ! -e /run/labdeploy/txn ] && [ -z \"$(systemctl list-jobs --no-legend)\" ] && "
-            "for u in txn recover; do case $(systemctl show -p ActiveState --value labdeploy-$u) in inactive) ;; *) exit 1 ;; "
-            "esac; done"
-        )
         while time.monotonic() < deadline:
             with suppress(LabdeployError):
-                if sandbox.run(self.host, "sh", "-c", ask, check=False).returncode == 0:
+                if sandbox.run(self.host, "sh", "-c", _SETTLED, check=False).returncode == 0:
                     return
             time.sleep(0.1)
 
@@ -463,7 +467,9 @@ class Victim:
         with suppress(OSError):
             self.go()
 
-    def strike(self, kind: str, point: tuple[str, int], *words: str, before: tuple[tuple[str, int, str], ...] = ()) -> Result:
+    def strike(
+        self, kind: str, point: tuple[str, int], *words: str, before: tuple[tuple[str, int, str], ...] = ()
+    ) -> Result:
         """Run labdeploy with one fault at one point, wait until all is over, and judge the host."""
         name = "kill" if kind == "kill" else kind if kind in {"full", "readonly", "reload"} else "wait"
         self.order(*before, (*point, name))
@@ -509,6 +515,12 @@ def end(process: subprocess.Popen[str]) -> None:
         process.stdout.close()
 
 
+_SETTLED = r"""
+[ ! -e /etc/labdeploy/pending ] && [ ! -e /run/labdeploy/txn ] && [ -z "$(systemctl list-jobs --no-legend)" ] || exit 1
+for unit in labdeploy-txn labdeploy-recover; do
+    [ "$(systemctl show -p ActiveState --value $unit)" = inactive ] || exit 1
+done
+"""
 _CUT = r"""
 for p in /proc/[0-9]*; do
     case $(tr '\0' ' ' <$p/cmdline 2>/dev/null) in
@@ -517,7 +529,7 @@ for p in /proc/[0-9]*; do
 done
 """
 
-# --- the table -----------------------------------------------------------------------------------------------------------
+# --- the table -------------------------------------------------------------------------------------------------------
 
 
 def note(file: Path, result: Result) -> None:
@@ -529,7 +541,8 @@ def note(file: Path, result: Result) -> None:
 def table(file: Path) -> str:
     """Give the table of all results: tried, consistent, and how long the service was silent."""
     results = [Result(**json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
-    lines = [f"{'fault':<28}{'tried':>7}{'consistent':>12}{'silent, median':>16}{'longest':>9}"]
+    seed = "all of them" if ALL else f"drawn with LABDEPLOY_FAULT_SEED={SEED}"
+    lines = [f"Faults, {seed}:", f"{'fault':<28}{'tried':>7}{'consistent':>12}{'silent, median':>16}{'longest':>9}"]
     for kind in [*sorted({result.kind for result in results}), ""]:
         some = [result for result in results if kind in {"", result.kind} and result.ended != "not reached"]
         if some:

@@ -2,37 +2,37 @@
 
 Each story (a push, a push that fails, a rollback, a boot after a power cut) is first run once to see which points
 of the host program it passes; then again with a fault at those points. `make faults` tries all of them. `make test`
-draws some, with LABDEPLOY_FAULT_SEED or today's date as its seed.
+draws some, with LABDEPLOY_FAULT_SEED or today's date as its seed: each kind of fault, and each function once.
 """
 
 from __future__ import annotations
 
-import datetime as dt
 import functools
 import itertools
-import os
 import random
-from pathlib import Path
-from typing import TYPE_CHECKING
+import subprocess
+import time
+from typing import TYPE_CHECKING, Any
 
 import faults
 import pytest
-from faults import Result, Victim
+from faults import ALL, SEED, Result, Victim
 from lab import Lab
 
 from labdeploy import sandbox
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+    from conftest import MakeHost
 
     from labdeploy.sandbox import SandboxHost
 
-ALL = os.environ.get("LABDEPLOY_FAULTS") == "all"
-SEED = os.environ.get("LABDEPLOY_FAULT_SEED") or f"{dt.datetime.now(dt.UTC):%Y%m%d}"
-DRAWN = 2  # points of each story and kind that `make test` tries
 KINDS = ("controller", "connection", "sleep", "kill", "power", "reboot", "full", "readonly", "reload")
 STORIES = ("push", "back", "rollback")
 COMMITTED = "commit"
+Points = tuple[tuple[str, int], ...]
 SILENT_S = faults.DEADLINE_S - 5  # more says that something waited for what cannot come
 
 
@@ -42,13 +42,6 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("program") / "apply.sh"
     file.write_text(faults.program_for_tests().text)
     return file
-
-
-@pytest.fixture(scope="session")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the file in which all workers note their results."""
-    base = tmp_path_factory.getbasetemp()
-    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "faults.jsonl"
 
 
 @pytest.fixture(scope="session")
@@ -66,27 +59,33 @@ class Victims:
 
     def __init__(self, state_dir: Path, model: Path, program: Path, folders: pytest.TempPathFactory) -> None:
         self._made: dict[str, Victim] = {}
+        self._disks: list[SandboxHost] = []
         self._state_dir, self._model, self._program, self._folders = state_dir, model, program, folders
 
     def __getitem__(self, suite: str) -> Victim:
         """Give the suite's host, whole and with a confirmed generation."""
         if suite not in self._made:
-            host = faults.on_small_disk(sandbox.up([f"faults-{suite}"], suite, state_dir=self._state_dir)[0])
-            victim = Victim(Lab(self._folders.mktemp(suite), [host], self._model), self._program)
-            self._made[suite] = victim
+            self._made[suite] = victim = self.fresh(suite, "faults")
             for _ in range(2):
                 forward(victim)
         return self._made[suite]
 
+    def fresh(self, suite: str, name: str) -> Victim:
+        """Make a host to which nothing was pushed."""
+        host = faults.on_small_disk(sandbox.up([f"{name}-{suite}"], suite, state_dir=self._state_dir)[0])
+        self._disks.append(host)
+        return Victim(Lab(self._folders.mktemp(suite), [host], self._model), self._program)
+
     def end(self) -> None:
         """Take the hosts down, and their disks."""
-        for victim in self._made.values():
-            sandbox.power_cut(victim.host)
-            faults.unmount(victim.host)
+        for host in self._disks:
+            sandbox.power_cut(host)
+            faults.unmount(host)
 
     def forget(self, suite: str) -> None:
         """Give up a host that a fault has left broken, so that the next case has a fresh one."""
         victim = self._made.pop(suite)
+        self._disks.remove(victim.host)
         sandbox.power_cut(victim.host)
         faults.unmount(victim.host)
         sandbox.down([victim.host.name], state_dir=self._state_dir)
@@ -112,7 +111,7 @@ def prepare(victim: Victim, story: str) -> list[str]:
 
 
 @functools.cache
-def points_of(victims: Victims, story: str) -> tuple[tuple[str, int], ...]:
+def points_of(victims: Victims, story: str) -> Points:
     """Run a story without a fault, and give the points it passes, in order: each at its first and second pass."""
     victim = victims["sid"]
     last = commit_point(victims) if story == "boot" else ""
@@ -146,14 +145,32 @@ def commit_point(victims: Victims) -> str:
     return next(p for p, _ in points_of(victims, "push") if p.startswith(COMMITTED))
 
 
-def drawn(points: tuple[tuple[str, int], ...], *about: str) -> list[tuple[str, int]]:
-    """Give all points, or those that the seed draws: of different functions as far as there are any."""
+def functions(points: Points) -> set[str]:
+    """Give the functions that have these points."""
+    return {name.split(":")[0] for name, _ in points}
+
+
+def own_functions(victims: Victims, story: str) -> set[str]:
+    """Give the functions that no story before this one passes."""
+    known: set[str] = set()
+    for earlier in itertools.takewhile(lambda other: other != story, (*STORIES, "boot")):
+        known |= functions(points_of(victims, earlier))
+    return functions(points_of(victims, story)) - known
+
+
+def drawn(points: Points, *about: str, each: Iterable[str] = ()) -> Points:
+    """Give all points, or one that the seed draws of each of some functions, or of any."""
     if ALL:
-        return list(points)
+        return tuple(p for p in points if p[1] == 1 or {"kill", "power"} & set(about))
     chance = random.Random(f"{SEED} {about}")  # noqa: S311
-    functions = sorted({p.split(":")[0] for p, _ in points})
-    chosen = chance.sample(functions, min(DRAWN, len(functions)))
-    return [chance.choice([p for p in points if p[0].split(":")[0] == f]) for f in chosen]
+    chosen = sorted(functions(points) & set(each)) or [chance.choice(sorted(functions(points)))]
+    return tuple(chance.choice([p for p in points if p[0].split(":")[0] == f]) for f in chosen)
+
+
+def suites(about: str) -> Iterator[str]:
+    """Give the suites in turn, from one on that differs from test to test and from seed to seed."""
+    first = random.Random(f"{SEED} {about}").randrange(len(sandbox.SUITES))  # noqa: S311
+    return itertools.islice(itertools.cycle(sandbox.SUITES), first, None)
 
 
 def judge(victims: Victims, suite: str, result: Result, old: str, *, must: str = "") -> None:
@@ -163,7 +180,7 @@ def judge(victims: Victims, suite: str, result: Result, old: str, *, must: str =
     result.problems += faults.problems(lines)
     current = next((line.split()[1] for line in faults.fields(lines, "link") if line.startswith("current")), "")
     result.ended = result.ended if result.ended == "not reached" else "old" if current == old else "new"
-    if result.silent_s > SILENT_S and result.kind not in {"hangs before ready"}:
+    if result.silent_s > SILENT_S and result.kind != "hangs before ready":
         result.problems.append(f"silent for {result.silent_s} s")
     if must and result.ended not in {must, "not reached"}:
         result.problems.append(f"is {result.ended}, must be {must}")
@@ -181,48 +198,46 @@ def current(victim: Victim) -> str:
     return sandbox.run(victim.host, "readlink", "/etc/labdeploy/current").stdout.strip()
 
 
-CASES = list(itertools.product(STORIES, KINDS))
-
-
-@pytest.mark.parametrize(("story", "kind"), CASES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("story", STORIES)
 def test_one_fault(victims: Victims, results: Path, story: str, kind: str) -> None:
     """One fault at one step: the host is whole without anybody's help, and the next push works."""
-    suites = itertools.cycle(sandbox.SUITES)
-    for _ in range((CASES.index((story, kind)) + int(SEED)) % len(sandbox.SUITES)):
-        next(suites)
     points = points_of(victims, story)
-    order = [p for p, _ in points]
+    each = own_functions(victims, story) if kind == "kill" else ()
     wrong: list[Result] = []
-    for point in drawn(points, story, kind):
-        suite = next(suites)
+    for point, suite in zip(drawn(points, story, kind, each=each), suites(story + kind), strict=False):
         victim = victims[suite]
         words = prepare(victim, story)
         old = current(victim)
         result = victim.strike(kind, point, *words)
         result.story = story
-        after = any(p.startswith(COMMITTED) for p in order) and order.index(point[0]) > committed_at(order)
-        must = ("new" if after and story != "back" else "old") if kind in {"kill", "power"} else ""
+        must = must_be(points, point, story) if kind in {"kill", "power"} else ""
         judge(victims, suite, result, old, must=must)
         faults.note(results, result)
-        if result.problems:
-            wrong.append(result)
-    assert not wrong, "\n".join(str(result) for result in wrong)
+        wrong += [result] if result.problems else []
+    assert not wrong, "\n".join(map(str, wrong))
 
 
-def committed_at(order: list[str]) -> int:
-    """Give the index of the last point before `good` was renamed: the one inside `place` that `commit` calls."""
-    start = next(i for i, p in enumerate(order) if p.startswith(COMMITTED))
-    return next(i for i in range(start, len(order)) if not order[i].startswith((COMMITTED, "place:")))
+def must_be(points: Points, point: tuple[str, int], story: str) -> str:
+    """Say what the host must be after the program ended at a point; around the very rename of `good`, either."""
+    if story == "back":
+        return "old"
+    names = [name for name, _ in points]
+    first = next(i for i, name in enumerate(names) if name.startswith(COMMITTED))
+    last = next(i for i in range(first, len(names)) if not names[i].startswith((COMMITTED, "place:")))
+    at = points.index(point)
+    return "old" if at <= first else "new" if at >= last else ""
 
 
 @pytest.mark.parametrize("kind", ["kill", "power", "reboot", "readonly"])
 def test_a_second_fault_while_it_boots(victims: Victims, results: Path, kind: str) -> None:
     """The power goes in the middle of a push, and another fault strikes what puts things right at boot."""
-    suites = itertools.cycle(sandbox.SUITES)
     wrong: list[Result] = []
     last = commit_point(victims)
-    for point in drawn(points_of(victims, "boot"), "boot", kind):
-        victim = victims[suite := next(suites)]
+    each = own_functions(victims, "boot") if kind == "kill" else ()
+    points = drawn(points_of(victims, "boot"), "boot", kind, each=each)
+    for point, suite in zip(points, suites("boot" + kind), strict=False):
+        victim = victims[suite]
         words = prepare(victim, "boot")
         old = current(victim)
         result = victim.strike(kind, point, *words, before=((last, 1, "wait"),))
@@ -233,7 +248,7 @@ def test_a_second_fault_while_it_boots(victims: Victims, results: Path, kind: st
     assert not wrong, "\n".join(map(str, wrong))
 
 
-# --- faults that have a place of their own ------------------------------------------------------------------------------
+# --- faults that have a place of their own ---------------------------------------------------------------------------
 
 BROKEN = {
     "crash at start": "#!/bin/sh\nexit 1\n",
@@ -246,13 +261,23 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("suite", sandbox.SUITES)
 @pytest.mark.parametrize("kind", [*BROKEN, "unit fails verify"])
-def test_a_service_that_is_no_good(victims: Victims, results: Path, suite: str, kind: str) -> None:
+def test_a_service_that_is_no_good(victims: Victims, results: Path, kind: str) -> None:
     """A service that crashes, hangs, answers nonsense or is no valid unit: the old generation is back, and serves."""
-    victim = victims[suite]
+    wrong: list[Result] = []
+    for suite in itertools.islice(suites(kind), 3 if ALL else 1):
+        old = current(victims[suite])
+        result = push_no_good(victims[suite], kind)
+        judge(victims, suite, result, old, must="old")
+        faults.note(results, result)
+        wrong += [result] if result.problems else []
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def push_no_good(victim: Victim, kind: str) -> Result:
+    """Push a service that is no good, and say how that ended."""
+    suite = victim.host.suite
     victim.turn += 1
-    old = current(victim)
     runner = "/usr/bin/llama-server" if suite == "sid" else "/usr/local/bin/llama-server"
     template = victim.lab.folder / "templates" / "llama-server.service.j2"
     if kind in BROKEN:
@@ -272,14 +297,13 @@ def test_a_service_that_is_no_good(victims: Victims, results: Path, suite: str, 
         result.problems.append(f"exit code {code}: {out[-300:]}")
     victim.lab.extra = {}
     template.unlink(missing_ok=True)
-    judge(victims, suite, result, old, must="old")
-    faults.note(results, result)
-    assert not result.problems
+    return result
 
 
-# --- adoption -----------------------------------------------------------------------------------------------------------
+# --- adoption --------------------------------------------------------------------------------------------------------
 
 FOREIGN = "ollama.service"
+ADOPTING = ("take_away", "bring_home", "restart_foreign", "tell_adopted")
 ADOPT_KINDS = ("kill", "power", "reboot", "full", "readonly", "connection")
 MAKE_FOREIGN = f"""
 cd /etc/systemd/system && mkdir {FOREIGN}.d && printf '[Service]\\nEnvironment=MINE=1\\n' >{FOREIGN}.d/10-mine.conf &&
@@ -301,7 +325,6 @@ class Adopter:
         self.victim = victim
         sandbox.run(victim.host, "sh", "-c", MAKE_FOREIGN)
         self.before = self.found()
-        self.services: dict[str, dict[str, object]] = {}
 
     def found(self) -> str:
         """Give all that belongs to the foreign unit."""
@@ -331,55 +354,50 @@ class Adopter:
         return ([] if code == 0 else [f"exit code {code}: {out[-300:]}"]) + self.problems()
 
 
+class Adopters(Victims):
+    """One host with a unit that is not ours for each suite, made when it is first asked for."""
+
+    def __init__(self, *args: Any) -> None:  # noqa: ANN401
+        super().__init__(*args)
+        self._adopters: dict[str, Adopter] = {}
+
+    def adopter(self, suite: str) -> Adopter:
+        """Give the suite's host."""
+        if suite not in self._adopters:
+            self._adopters[suite] = Adopter(self.fresh(suite, "adopts"))
+        return self._adopters[suite]
+
+
 @pytest.fixture(scope="session")
 def adopters(
     sandbox_dir: Path, tiny_model: Path, program: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Adopter]]:
-    """Return the hosts with foreign units; filled as they are needed."""
-    made: dict[str, Adopter] = {}
+) -> Iterator[Adopters]:
+    """Return the hosts with foreign units."""
+    made = Adopters(sandbox_dir, tiny_model, program, tmp_path_factory)
     yield made
-    for adopter in made.values():
-        sandbox.power_cut(adopter.victim.host)
-        faults.unmount(adopter.victim.host)
+    made.end()
 
 
 @pytest.mark.parametrize("kind", ADOPT_KINDS)
 @pytest.mark.parametrize("story", ["adopt", "release"])
-def test_a_unit_that_was_there_before(
-    adopters: dict[str, Adopter],
-    sandbox_dir: Path,
-    tiny_model: Path,
-    program: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    results: Path,
-    story: str,
-    kind: str,
-) -> None:
+def test_a_unit_that_was_there_before(adopters: Adopters, results: Path, story: str, kind: str) -> None:
     """A fault while a foreign unit is adopted or given back never loses a byte, a mode or a link of it."""
-
-    def adopter_of(suite: str) -> Adopter:
-        if suite not in adopters:
-            host = faults.on_small_disk(sandbox.up([f"adopts-{suite}"], suite, state_dir=sandbox_dir)[0])
-            adopters[suite] = Adopter(Victim(Lab(tmp_path_factory.mktemp(suite), [host], tiny_model), program))
-        return adopters[suite]
-
-    points = adoption_points(adopter_of("sid"), story)
-    suites = itertools.cycle(sandbox.SUITES)
+    points = adoption_points(adopters.adopter("sid"), story)
+    each = ADOPTING if kind == "kill" else ()
     wrong: list[Result] = []
-    for point in drawn(points, story, kind):
-        adopter = adopter_of(next(suites))
-        result = Result(adopter.victim.host.suite, story, kind, str(point))
-        result.problems += adopter.to("release" if story == "adopt" else "adopt")
-        struck = adopter.victim.strike(kind, point, *adopter.words(story))
-        result.silent_s, result.ended = struck.silent_s, struck.ended
-        result.problems += adopter.problems() + adopter.to(story)
+    for point, suite in zip(drawn(points, story, kind, each=each), suites(story + kind), strict=False):
+        adopter = adopters.adopter(suite)
+        before = adopter.to("release" if story == "adopt" else "adopt")
+        result = adopter.victim.strike(kind, point, *adopter.words(story))
+        result.story = story
+        result.problems += before + adopter.problems() + adopter.to(story)
         faults.note(results, result)
         wrong += [result] if result.problems else []
     assert not wrong, "\n".join(map(str, wrong))
 
 
 @functools.cache
-def adoption_points(adopter: Adopter, story: str) -> tuple[tuple[str, int], ...]:
+def adoption_points(adopter: Adopter, story: str) -> Points:
     """Give the points that an adoption or a release passes."""
     assert adopter.to("release" if story == "adopt" else "adopt") == []
     adopter.victim.order(("-", 1, "trace"))
@@ -389,18 +407,18 @@ def adoption_points(adopter: Adopter, story: str) -> tuple[tuple[str, int], ...]
     return tuple((point, 1) for point in passed)
 
 
-# --- more than one at once ----------------------------------------------------------------------------------------------
+# --- more than one at once -------------------------------------------------------------------------------------------
 
 
 def test_two_controllers_at_once(victims: Victims) -> None:
     """Of two pushes that start together one wins whole; the other is told who holds the host, and changes nothing."""
     chance = random.Random(SEED)  # noqa: S311
-    for attempt in range(40 if ALL else 6):
+    for attempt in range(40 if ALL else 4):
         victim = victims[sandbox.SUITES[attempt % 3]]
         victim.turn += 1
         victim.inventory(victim.turn)
         first = victim.start("push", victim.host.name, "--watch", "0")
-        faults.time.sleep(chance.random() * 0.5)
+        time.sleep(chance.random() * 0.5)
         second = victim.start("push", victim.host.name, "--watch", "0")
         said = [process.communicate(timeout=60)[0] for process in (first, second)]
         codes = sorted((first.returncode, second.returncode))
@@ -417,8 +435,8 @@ def test_confirmations_that_nobody_waits_for(victims: Victims) -> None:
     victim = victims["sid"]
     forward(victim)
     before = faults.look(victim.host)
-    argv = sandbox.ssh_argv(victim.host, f"sh /etc/labdeploy/bin/labdeploy-host confirm {'20000101T000000Z-abcdef'}")
-    ended = faults.subprocess.run(argv, capture_output=True, text=True, check=False)
+    argv = sandbox.ssh_argv(victim.host, "sh /etc/labdeploy/bin/labdeploy-host confirm 20000101T000000Z-abcdef")
+    ended = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert "is not waiting here" in ended.stdout
     assert faults.look(victim.host) == before
     point = next(p for p, _ in points_of(victims, "push") if p.startswith("confirmed"))
@@ -429,7 +447,7 @@ def test_confirmations_that_nobody_waits_for(victims: Victims) -> None:
     process = victim.start("push", victim.host.name, "--watch", "0")
     assert victim.wait_for_hit(process)
     faults.end(process)
-    ended = faults.subprocess.run(argv, capture_output=True, text=True, check=False)
+    ended = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert "is not waiting here" in ended.stdout
     victim.go()
     victim.settled()
@@ -451,7 +469,8 @@ def test_what_an_older_program_left_pending(victims: Victims) -> None:
     sandbox.run(
         victim.host,
         *("sh", "-c"),
-        "cd /etc/labdeploy && rm undo/current undo/restored undo/committed undo/room && sed -i '/^phase/d; /^was_dis/d' pending",
+        "cd /etc/labdeploy && rm undo/current undo/restored undo/committed undo/room"
+        " && sed -i '/^phase/d; /^was_dis/d' pending",
     )
     sandbox.power_cut(victim.host)
     faults.end(process)
@@ -461,3 +480,13 @@ def test_what_an_older_program_left_pending(victims: Victims) -> None:
     assert current(victim) == old
     assert faults.problems(faults.look(victim.host)) == []
     forward(victim)
+
+
+def test_rollback_of_the_first_push_needs_no_journal(make_host: MakeHost, tiny_model: Path, tmp_path: Path) -> None:
+    """What was there before the first push is a generation to go back to, by its link alone."""
+    lab = Lab(tmp_path, [make_host("sid")], tiny_model)
+    lab.push_ok()
+    assert lab.on_host("readlink", "/etc/labdeploy/previous") == "gen/000000"
+    lab.on_host("rm", "/etc/labdeploy/journal.jsonl")
+    assert lab.run("rollback", lab.host.name).code == 0
+    assert lab.show("LoadState") == "not-found"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import datetime as dt
-import os
 import random
 from typing import TYPE_CHECKING, Any
 
 import faults
-from faults import Victim
+from faults import ALL, SEED, Victim
 from lab import Lab
 
 from labdeploy import sandbox
@@ -18,8 +16,7 @@ if TYPE_CHECKING:
 
     from labdeploy.sandbox import SandboxHost
 
-PUSHES = 200 if os.environ.get("LABDEPLOY_FAULTS") == "all" else 25
-SEED = os.environ.get("LABDEPLOY_FAULT_SEED") or f"{dt.datetime.now(dt.UTC):%Y%m%d}"
+PUSHES = 200 if ALL else 25
 WARM_UP = 8  # until as many generations are kept as ever will be
 _COUNT = r"""
 echo files $(find /etc/systemd /etc/labdeploy /run/labdeploy ! -path '*/gen/*' | wc -l)
@@ -29,7 +26,7 @@ echo timers $(systemctl list-timers --all --no-legend | wc -l)
 echo transient $(ls /run/systemd/transient 2>/dev/null | wc -l)
 echo cgroups $(find /sys/fs/cgroup -maxdepth 3 -type d -name '*labdeploy*' | wc -l)
 echo mounts $(grep -c labdeploy /proc/self/mounts)
-echo shells $(cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\0' ' ' | grep -c labdeploy-host)
+echo shells $(cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\0' ' ' | grep -c -e 'labdeploy[-]host' -e 'txn[/]program')
 echo servers $(ls -d /proc/[0-9]*/exe | while read e; do readlink $e; done | grep -c -e llama -e ld-linux)
 """
 

@@ -6,7 +6,6 @@ replays the journal. So a file that was renamed before it was made durable comes
 
 from __future__ import annotations
 
-import datetime as dt
 import fcntl
 import os
 import random
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import faults
 import pytest
-from faults import Victim
+from faults import ALL, SEED, Result, Victim
 from lab import Lab
 
 from labdeploy import sandbox
@@ -29,10 +28,11 @@ if TYPE_CHECKING:
 
 EXT4_IOC_SHUTDOWN = 0x8004587D  # _IOR('X', 125, __u32), fs/ext4/ext4.h
 NOLOGFLUSH = 2
-ALL = os.environ.get("LABDEPLOY_FAULTS") == "all"
-SEED = os.environ.get("LABDEPLOY_FAULT_SEED") or f"{dt.datetime.now(dt.UTC):%Y%m%d}"
-DRAWN = 6
-DURABLE = {"put", "stage", "arm", "switch", "turn", "place", "commit", "finish", "close", "journal", "restore", "undo"}
+DRAWN = 4
+DURABLE = {  # functions that write
+    *("put", "stage", "arm", "switch", "turn", "place", "place_generation", "commit", "finish", "prune", "close"),
+    *("journal", "restore", "uninstall", "undo", "settle", "enable_units", "reload", "restart_changed", "bring_back"),
+}
 
 
 def pull_the_plug(host: SandboxHost) -> None:
@@ -43,7 +43,8 @@ def pull_the_plug(host: SandboxHost) -> None:
     sandbox.power_cut(host)
     faults.unmount(host)
     image, copy = faults.image_of(host), faults.image_of(host).with_suffix(".copy")
-    subprocess.run(["cp", "--sparse=always", image, copy], check=True)  # another host may still have the dead one mounted
+    # a copy, because another host that was started since may still have the dead file system in its mount namespace
+    subprocess.run(["cp", "--sparse=always", image, copy], check=True)
     copy.rename(image)
     faults.mount(host)
 
@@ -80,38 +81,61 @@ def test_the_plug_loses_what_was_not_synced(victim: Victim) -> None:
     assert sandbox.run(victim.host, "ls", "/root").stdout.split() == ["synced"]
 
 
-def test_power_cuts_that_lose_unsynced_writes(victim: Victim) -> None:
+@pytest.mark.parametrize("story", ["push", "back"])
+def test_power_cuts_that_lose_unsynced_writes(victim: Victim, results: Path, story: str) -> None:
     """At every step: what comes back after the cut is wholly the old or the new generation, and boots into it."""
-    victim.order(("-", 1, "trace"))
-    forward(victim)
-    passed = [p for p in dict.fromkeys(victim.trace()) if p.split(":")[0] in DURABLE]
-    victim.order()
-    decided = next(p for p in passed if p.startswith("finish:"))
-    chance = random.Random(SEED)  # noqa: S311
-    chosen = passed if ALL else sorted(chance.sample(passed, DRAWN), key=passed.index)
-    wrong: list[str] = []
-    for point in chosen:
-        victim.turn += 1
-        victim.inventory(victim.turn)
-        old = _current(victim)
-        faults.write_back(victim.host)
-        victim.order((point, 1, "wait"))
-        process = victim.start("push", victim.host.name, "--watch", "0")
-        assert victim.wait_for_hit(process), point
-        pull_the_plug(victim.host)
-        faults.end(process)
-        sandbox.boot(victim.host)
-        victim.settled()
-        victim.order()
-        found = faults.problems(faults.look(victim.host))
-        is_new, must_be_new = _current(victim) != old, passed.index(point) >= passed.index(decided)
-        if is_new != must_be_new:
-            found.append(f"new: {is_new}, must be: {must_be_new}")
-        victim.lab.complete()
-        wrong += [f"{point}: {problem}" for problem in found]
+    flags = {"flags": ["--no-such-flag"]} if story == "back" else {}
+    passed = [name for name in trace(victim, flags) if name.split(":")[0] in DURABLE]
+    decided = next((i for i, name in enumerate(passed) if name.startswith("finish:")), len(passed))
+    chance = random.Random(f"{SEED} {story}")  # noqa: S311
+    wrong: list[Result] = []
+    for point in passed if ALL else chance.sample(passed, DRAWN):
+        result = lose_power(victim, point, flags)
+        must = "new" if passed.index(point) >= decided else "old"
+        if result.ended != must:
+            result.problems.append(f"is {result.ended}, must be {must}")
+        faults.note(results, result)
+        wrong += [result] if result.problems else []
         forward(victim)
-    assert not wrong, "\n".join(wrong)
+    assert not wrong, "\n".join(map(str, wrong))
 
 
-def _current(victim: Victim) -> str:
+def trace(victim: Victim, flags: dict[str, list[str]]) -> list[str]:
+    """Push without a fault, and give the points that were passed."""
+    victim.turn += 1
+    victim.inventory(victim.turn, **flags)
+    victim.order(("-", 1, "trace"))
+    victim.push()
+    victim.settled()
+    passed = list(dict.fromkeys(victim.trace()))
+    victim.order()
+    forward(victim)
+    return passed
+
+
+def lose_power(victim: Victim, point: str, flags: dict[str, list[str]]) -> Result:
+    """Pull the plug at a point of a push, boot, and judge the host."""
+    victim.turn += 1
+    victim.inventory(victim.turn, **flags)
+    old = current(victim)
+    faults.write_back(victim.host)
+    victim.order((point, 1, "wait"))
+    watcher = faults.Watcher(victim.host.address, victim.lab.port)
+    watcher.start()
+    process = victim.start("push", victim.host.name, "--watch", "0")
+    assert victim.wait_for_hit(process), point
+    pull_the_plug(victim.host)
+    faults.end(process)
+    sandbox.boot(victim.host)
+    victim.settled()
+    victim.order()
+    victim.lab.complete()
+    result = Result(victim.host.suite, "push", "power, unsynced writes lost", point, silent_s=watcher.stop())
+    result.ended = "old" if current(victim) == old else "new"
+    result.problems += faults.problems(faults.look(victim.host))
+    return result
+
+
+def current(victim: Victim) -> str:
+    """Give what is installed."""
     return sandbox.run(victim.host, "readlink", "/etc/labdeploy/current").stdout.strip()
