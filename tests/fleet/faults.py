@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from labdeploy import sandbox, sandbox_boot
 from labdeploy.errors import LabdeployError
+from labdeploy.sandbox_host import machine_lock
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -203,10 +204,11 @@ def on_small_disk(host: SandboxHost, size_mib: int = 160) -> SandboxHost:
     subprocess.run(["truncate", "-s", f"{size_mib}M", image], check=True)
     subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
     aside = host.folder.with_name(f"{host.name}.aside")
-    host.folder.rename(aside)
-    host.folder.mkdir()
-    mount(host)
-    subprocess.run(["cp", "-a", f"{aside}/.", host.folder], check=True)
+    with machine_lock():  # whoever brings up another host now would take a host without its folder for a deleted one
+        host.folder.rename(aside)
+        host.folder.mkdir()
+        mount(host)
+        subprocess.run(["cp", "-a", f"{aside}/.", host.folder], check=True)
     subprocess.run(["rm", "-rf", aside], check=True)
     sandbox.boot(host)
     return host

@@ -303,7 +303,7 @@ def push_no_good(victim: Victim, kind: str) -> Result:
 # --- adoption --------------------------------------------------------------------------------------------------------
 
 FOREIGN = "ollama.service"
-ADOPTING = ("take_away", "bring_home", "restart_foreign", "tell_adopted")
+ADOPTING = ("place_generation", "take_away", "bring_home", "restart_foreign", "tell_adopted")
 ADOPT_KINDS = ("kill", "power", "reboot", "full", "readonly", "connection")
 MAKE_FOREIGN = f"""
 cd /etc/systemd/system && mkdir {FOREIGN}.d && printf '[Service]\\nEnvironment=MINE=1\\n' >{FOREIGN}.d/10-mine.conf &&
@@ -383,7 +383,7 @@ def adopters(
 def test_a_unit_that_was_there_before(adopters: Adopters, results: Path, story: str, kind: str) -> None:
     """A fault while a foreign unit is adopted or given back never loses a byte, a mode or a link of it."""
     points = adoption_points(adopters.adopter("sid"), story)
-    each = ADOPTING if kind == "kill" else ()
+    each = ADOPTING if kind in {"kill", "power"} else ()
     wrong: list[Result] = []
     for point, suite in zip(drawn(points, story, kind, each=each), suites(story + kind), strict=False):
         adopter = adopters.adopter(suite)
