@@ -464,7 +464,8 @@ bring_home() { # UNIT: the way back; what is home already is left
 }
 
 restart_foreign() { # UNIT: as it was before it was adopted
-    if [ "$(cat "$ROOT/adopted/$1/state" 2>/dev/null)" = active ]; then
+    # before it was moved aside, what it was like still lies in incoming
+    if [ "$(cat "$ROOT/adopted/$1/state" "$ROOT/incoming/adopted/$1/state" 2>/dev/null)" = active ]; then
         systemctl reset-failed "$1" 2>/dev/null
         systemctl restart ${NO_WAIT-} "$1" || reason="$1: does not start any more"
         [ -n "${NO_WAIT-}" ] || [ "$(systemctl is-active "$1")" = active ]
