@@ -6,10 +6,8 @@ import sys
 
 import click
 
-from labdeploy.cli import cli
-from labdeploy.errors import LabdeployError
-
-INTERRUPTED = 130
+from labdeploy.cli import cli, tell_all
+from labdeploy.errors import INTERRUPTED, LabdeployError
 
 
 def main() -> None:
@@ -33,23 +31,19 @@ def run(argv: list[str]) -> int:
             print(f"\nhint: {error.ctx.command_path} --help", file=sys.stderr)  # noqa: T201
         return 2
     except (KeyboardInterrupt, click.Abort):
-        print("error: interrupted", file=sys.stderr)  # noqa: T201
+        tell_all(["interrupted"])
         return INTERRUPTED
     except Exception as error:
         if "-v" in argv or "--verbose" in argv:
             raise
-        print(f"error: unexpected: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
-        print("\nhint: run it again with -v and report what it prints", file=sys.stderr)  # noqa: T201
+        tell_all([f"unexpected: {type(error).__name__}: {error}"], "run it again with -v and report what it prints")
         return 1
     return result if isinstance(result, int) else 0
 
 
 def tell(error: LabdeployError) -> None:
     """Print an error: each of its lines, then what to type next."""
-    for line in str(error).splitlines():
-        print(f"error: {line}", file=sys.stderr)  # noqa: T201
-    if error.hint:
-        print(f"\nhint: {error.hint}", file=sys.stderr)  # noqa: T201
+    tell_all([str(error)], error.hint)
 
 
 if __name__ == "__main__":

@@ -317,6 +317,7 @@ would() { # dry run: the steps that the functions below would take, in their ord
         esac
     done
     emit would "watch for $WATCH_S s, confirm over a second connection"
+    for _u in $added; do emit deployed "systemd/$_u" ''; done
     for _u in $changed $touched $removed; do
         emit deployed "systemd/$_u" "$(base64 -w 0 "$ROOT/gen/$FROM/systemd/$_u")"
     done

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from labdeploy.errors import LabdeployError
+from labdeploy.runners.base import reachable
 
 if TYPE_CHECKING:
     from labdeploy.host import HostConnection
@@ -86,7 +87,7 @@ def _completion(connection: HostConnection, service: Service, headers: dict[str,
         "max_tokens": MAX_TOKENS,
         "stream": True,
     }
-    web = connection.http(_reachable(service.bind), service.port, TIMEOUT_S)
+    web = connection.http(reachable(service.bind), service.port, TIMEOUT_S)
     started = time.monotonic()
     web.request("POST", "/v1/completions", json.dumps(body), headers)
     answer = web.getresponse()
@@ -105,7 +106,3 @@ def _has_token(line: bytes) -> bool:
         return False
     choices = json.loads(line[len(b"data: ") :]).get("choices") or [{}]
     return bool(choices[0].get("text"))
-
-
-def _reachable(bind: str) -> str:
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bind, bind)  # noqa: S104 (a lookup, not a bind)

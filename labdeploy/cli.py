@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from labdeploy import __version__
-from labdeploy.errors import CheckError, InventoryError, LabdeployError
+from labdeploy.errors import INTERRUPTED, CheckError, InventoryError, LabdeployError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from labdeploy.deploy import Outcome
     from labdeploy.generation import Generation
@@ -48,6 +48,14 @@ class Options:
             raise InventoryError(f"{question} There is no terminal to ask on", hint="add -y to go ahead")
         if not click.confirm(question, err=True):
             raise LabdeployError("nothing was done")
+
+
+def tell_all(whats: Iterable[str], hint: str = "") -> None:
+    """Print errors on stderr, each of their lines, then what to type next."""
+    for line in (line for what in whats for line in what.splitlines()):
+        click.echo(f"error: {line}", err=True)
+    if hint:
+        click.echo(f"\nhint: {hint}", err=True)
 
 
 def _set(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
@@ -312,20 +320,18 @@ def _run(
                 click.echo(report.dry_run_diff(outcome, generations[outcome.host]), nl=False)
     _tell_errors(outcomes)
     codes = [outcome.exit_code for outcome in outcomes]
-    return max([*codes, 130 if progress.stop.is_set() and progress.interrupted else 0], default=0)
+    return max([*codes, INTERRUPTED if progress.interrupted else 0], default=0)
 
 
 def _tell_errors(outcomes: Sequence[Outcome]) -> None:
     """Print every host's error, then one hint: the first failure's."""
     errors = [outcome.error for outcome in outcomes if outcome.error]
-    for error in errors:
-        for line in str(error).splitlines():
-            click.echo(f"error: {line}", err=True)
-    if len(outcomes) > 1 and errors:
-        click.echo(f"error: {len(errors)} of {len(outcomes)} hosts failed", err=True)
-    hints = [error.hint for error in errors if error.hint]
-    if hints:
-        click.echo(f"\nhint: {hints[0]}", err=True)
+    count = [f"{len(errors)} of {len(outcomes)} hosts failed"] if len(outcomes) > 1 and errors else []
+    tell_all([*map(str, errors), *count], _first_hint(errors))
+
+
+def _first_hint(errors: Iterable[LabdeployError]) -> str:
+    return next((error.hint for error in errors if error.hint), "")
 
 
 # --- looking ------------------------------------------------------------------------------------------------------
@@ -337,10 +343,7 @@ def _ask(options: Options, hosts: Sequence[str], question: Any) -> tuple[dict[st
 
     answers = fleet.ask_all(options.inventory.select(hosts), options.inventory.folder, question)
     errors = {h: a for h, a in answers.items() if isinstance(a, LabdeployError)}
-    for error in errors.values():
-        click.echo(f"error: {error}", err=True)
-    if hint := next((error.hint for error in errors.values() if error.hint), None):
-        click.echo(f"\nhint: {hint}", err=True)
+    tell_all(map(str, errors.values()), _first_hint(errors.values()))
     return answers, max((error.exit_code for error in errors.values()), default=0)
 
 
@@ -413,10 +416,10 @@ def check(options: Options, hosts: tuple[str, ...], samples: int) -> int:
     else:
         click.echo(report.check_text(answers), nl=False)
     ill = [(h, n, r) for h, a in answers.items() if isinstance(a, dict) for n, r in a.items() if not r.healthy]
-    for host, name, result in ill:
-        click.echo(f"error: {host}: {name}: {result.error}", err=True)
-    if ill:
-        click.echo(f"\nhint: labdeploy logs {ill[0][0]} {ill[0][1]} -n 50", err=True)
+    tell_all(
+        [f"{host}: {name}: {result.error}" for host, name, result in ill],
+        f"labdeploy logs {ill[0][0]} {ill[0][1]} -n 50" if ill else "",
+    )
     return max(code, CheckError.exit_code if ill else 0)
 
 

@@ -39,6 +39,12 @@ WORKERS = 32  # more do not make it faster: one process handles 250-300 hosts a 
 WATCH_S = 6  # a service that crashes five seconds after its first answer is still caught
 CONFIRM_S = 30  # the host waits this long for the second connection before it goes back
 SLACK_S = 120  # beyond all deadlines of its services, a host that says nothing is given up
+_TOLD: dict[str, Result] = {
+    "changed": "changed",
+    "unchanged": "unchanged",
+    "would-change": "would-change",
+    "rolled-back": "rolled-back",
+}
 _REFUSALS: dict[str, type[LabdeployError]] = {"2": InventoryError, "6": LockedError}
 
 
@@ -68,7 +74,7 @@ class Outcome:
     would: tuple[str, ...] = ()
     """The steps of a dry run, in order."""
     deployed: Mapping[str, bytes] = field(default_factory=dict)
-    """Of a dry run: the units that would change, as they are deployed, by their path in a rendered tree."""
+    """Of a dry run: the units that would change, as they are deployed (new ones empty), by their path in a tree."""
     warnings: tuple[str, ...] = ()
     plan_before: Mapping[str, Any] = field(default_factory=dict)
     plan_after: Mapping[str, Any] = field(default_factory=dict)
@@ -226,13 +232,9 @@ def outcome_of(job: Job, lines: Sequence[Line], error: LabdeployError | None, se
     """Read the program's answer."""
     said = {line.kind: line for line in lines}
     result, failure = said.get("result"), said.get("failed")
-    kinds: dict[str, Result] = {"changed": "changed", "unchanged": "unchanged", "would-change": "would-change"}
-    kind = kinds.get(result.field(0), "failed") if result else "failed"
-    if result and result.field(0) == "rolled-back":
-        kind = "rolled-back"
     return Outcome(
         host=job.host.name,
-        result=kind,
+        result=_TOLD.get(result.field(0), "failed") if result else "failed",
         generation=int(result.field(1)) if result else None,
         previous=int(result.field(2)) if result and result.field(2) else None,
         seconds=round(seconds, 2),

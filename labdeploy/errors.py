@@ -15,6 +15,8 @@ The core raises these; only cli.py turns them into text and an exit code.
 
 from __future__ import annotations
 
+INTERRUPTED = 130  # as shells report a program that SIGINT ended
+
 
 class LabdeployError(Exception):
     """A failure that is shown to a person: what and where with the numbers, and a command to type next.

@@ -60,12 +60,12 @@ def plan_host(host: Host, book: ModelBook) -> HostPlan:
     order = sorted(requests, key=lambda name: _planning_rank(requests[name]))
     least: dict[str, ServicePlan] = {}
     for name in order if len(order) > 1 else ():
-        budget = dataclasses.replace(_budget(host, least, requests, name), least=True)
+        budget = dataclasses.replace(_budget(host, least, requests), least=True)
         least[name] = _least_needed(_plan(host, requests[name], budget))
     planned: dict[str, ServicePlan] = {}
     for name in order:
         later = {other: least[other] for other in order[len(planned) + 1 :]}
-        budget = _budget(host, {**planned, **later}, requests, name)
+        budget = _budget(host, {**planned, **later}, requests)
         shared = _share(budget, least[name], list(later.values())) if later else budget
         planned[name] = _plan(host, requests[name], shared)
     return HostPlan(host, tuple(_in_start_order(host, planned)))
@@ -155,9 +155,8 @@ def choose_runner(service: Service, model: ModelFacts) -> tuple[str, str]:
     return "llama-server", "for a service: one model, every setting fixed, the least that can go wrong"
 
 
-def _budget(host: Host, taken: Mapping[str, ServicePlan], requests: Mapping[str, Request], name: str) -> Budget:
+def _budget(host: Host, taken: Mapping[str, ServicePlan], requests: Mapping[str, Request]) -> Budget:
     """Give what is left of a host for a service after what others have taken."""
-    planned = [plan for other, plan in taken.items() if other != name]
     n_services = len(requests)
     waiting = [r for n, r in requests.items() if n not in taken and RUNNERS[r.runner].sizes_itself]
     hardware = host.hardware
@@ -172,11 +171,11 @@ def _budget(host: Host, taken: Mapping[str, ServicePlan], requests: Mapping[str,
                 api_index=sum(other.api == gpu.api for other in hardware.gpus[:i]),
                 gpu=gpu,
                 total_mib=gpu.vram,
-                free_mib=_usable(gpu.vram, host.reserve.vram) - _taken(planned, f"gpu{i}"),
+                free_mib=_usable(gpu.vram, host.reserve.vram) - _taken(taken.values(), f"gpu{i}"),
             )
             for i, gpu in enumerate(hardware.gpus)
         ),
-        ram_mib=_usable(hardware.ram, host.reserve.ram) - _taken(planned, "host"),
+        ram_mib=_usable(hardware.ram, host.reserve.ram) - _taken(taken.values(), "host"),
         threads=threads,
         threads_why=f"{cores} {kind} cores{share}",
         cpu_features=hardware.cpu.features,

@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from labdeploy.deploy import Stop
+from labdeploy.errors import INTERRUPTED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from labdeploy.deploy import Outcome
     from labdeploy.host import Line
 
-INTERRUPTED = 130  # as shells report a program that SIGINT ended
 HEARTBEAT_S = 10  # a step that says nothing for longer looks like a hang
 
 _STEPS = {

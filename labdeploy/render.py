@@ -7,7 +7,7 @@ import json
 import re
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jinja2 import (
     ChoiceLoader,
@@ -22,6 +22,7 @@ from jinja2 import (
 
 from labdeploy import plan as planning
 from labdeploy.errors import InventoryError, LabdeployError
+from labdeploy.runners.base import shown
 from labdeploy.schema import CONTROL
 
 if TYPE_CHECKING:
@@ -95,15 +96,6 @@ def _quoted(text: str) -> str:
 
 
 # --- what templates say -------------------------------------------------------------------------------------------
-
-
-def _shown(value: Any) -> str:  # noqa: ANN401
-    """Write a setting's value as the inventory would."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return ",".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value) or "none"
-    return str(value)
 
 
 def _breakdown(part: Memory) -> str:
@@ -197,7 +189,7 @@ def _configured(environment: Environment) -> Environment:
         "word": word,
         "assignment": assignment,
         "path": path,
-        "shown": _shown,
+        "shown": shown,
         "breakdown": _breakdown,
         "api": _uses_api,
         "device_nodes": _device_nodes,

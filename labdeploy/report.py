@@ -45,9 +45,7 @@ def _device_line(device: str, name: str, planned: float, usable: float, total: f
 def _service_lines(service: ServicePlan) -> list[str]:
     lines = [f"  {service.name}: {service.runner} serves {service.model} on {service.bind} port {service.port}"]
     for key, choice in service.settings.items():
-        value = ",".join(map(str, choice.value)) or "none" if isinstance(choice.value, tuple) else choice.value
-        value = str(value).lower() if isinstance(value, bool) else value
-        lines.append(_wrapped(f"{key:<16} {value}", f"({choice.why})"))
+        lines.append(_wrapped(f"{key:<16} {choice.shown}", f"({choice.why})"))
     for device, part in service.memory.items():
         lines.append(f"    memory on {device}: {part.total_mib:.0f} MiB")
     lines += [_wrapped("does not fit:", text) for text in service.shortfall]
@@ -101,8 +99,6 @@ def _actions(outcome: Outcome) -> str:
 def dry_run_diff(outcome: Outcome, generation: Generation) -> str:
     """Show what a dry run would change in the units of a host."""
     rendered = {path: data for path, data in generation.files.items() if path in outcome.deployed}
-    fresh = [line.removeprefix("install /etc/systemd/system/") for line in outcome.would if line.startswith("install ")]
-    rendered |= {f"systemd/{unit}": generation.files[f"systemd/{unit}"] for unit in fresh}
     return _unified(outcome.deployed, rendered, "deployed", "rendered")
 
 
@@ -196,7 +192,6 @@ def history_json(found: History | LabdeployError) -> dict[str, Any]:
                 "state": found.state_of(number),
             }
             for number, manifest in sorted(found.manifests.items())
-            if number or manifest.get("adopted")
         ],
         "journal": [
             {

@@ -14,12 +14,31 @@ if TYPE_CHECKING:
     from labdeploy.models.shape import ModelShape
 
 
+def shown(value: Any) -> str:  # noqa: ANN401
+    """Write a setting's value as the inventory would."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ",".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value) or "none"
+    return str(value)
+
+
+def reachable(bind: str) -> str:
+    """Give the address at which a host reaches what listens on `bind`: a wildcard is reached over loopback."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bind, bind)  # noqa: S104 (a lookup, not a bind)
+
+
 @dataclass(frozen=True)
 class Choice:
     """A setting and why it is so."""
 
     value: Any
     why: str
+
+    @property
+    def shown(self) -> str:
+        """The value as the inventory would write it."""
+        return shown(self.value)
 
 
 @dataclass(frozen=True)
@@ -139,10 +158,9 @@ class ServicePlan:
 
     @property
     def url(self) -> str:
-        """Where the host itself reaches it: a wildcard bind is reached over loopback."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.bind)  # noqa: S104 (a comparison, not a bind)
-        host = host or (f"[{self.bind}]" if ":" in self.bind else self.bind)
-        return f"http://{host}:{self.port}"
+        """Where the host itself reaches it."""
+        address = reachable(self.bind)
+        return f"http://{f'[{address}]' if ':' in address else address}:{self.port}"
 
     @property
     def memory_max_mib(self) -> int:

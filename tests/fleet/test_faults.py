@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import faults
 import pytest
-from faults import ALL, SEED, Result, Victim
+from faults import ALL, SEED, Result, Victim, forward
 from lab import Lab
 
 from labdeploy import sandbox
@@ -89,15 +89,6 @@ class Victims:
         sandbox.power_cut(victim.host)
         faults.unmount(victim.host)
         sandbox.down([victim.host.name], state_dir=self._state_dir)
-
-
-def forward(victim: Victim) -> None:
-    """Push the next inventory; it must end well, and the host must be whole."""
-    victim.turn += 1
-    victim.inventory(victim.turn)
-    code, out = victim.push()
-    assert code == 0, out
-    assert faults.problems(faults.look(victim.host)) == []
 
 
 def prepare(victim: Victim, story: str) -> list[str]:

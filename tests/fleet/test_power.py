@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import faults
 import pytest
-from faults import ALL, SEED, Result, Victim
+from faults import ALL, SEED, Result, Victim, forward
 from lab import Lab
 
 from labdeploy import sandbox
@@ -61,15 +61,6 @@ def victim(make_host: Callable[[str], SandboxHost], tiny_model: Path, tmp_path: 
     yield found
     sandbox.power_cut(host)
     faults.unmount(host)
-
-
-def forward(victim: Victim) -> None:
-    """Push the next inventory; the host must be whole afterwards."""
-    victim.turn += 1
-    victim.inventory(victim.turn)
-    code, out = victim.push()
-    assert code == 0, out
-    assert faults.problems(faults.look(victim.host)) == []
 
 
 def test_the_plug_loses_what_was_not_synced(victim: Victim) -> None:
