@@ -73,9 +73,10 @@ def plan_host(host: Host, book: ModelBook) -> HostPlan:
 
 def _plan(host: Host, request: Request, budget: Budget) -> ServicePlan:
     try:
-        return RUNNERS[request.runner].plan(request, budget)
+        plan = RUNNERS[request.runner].plan(request, budget)
     except InventoryError as error:
         raise InventoryError(error.what, where=f"{host.name}: {request.name}", hint=error.hint) from None
+    return dataclasses.replace(plan, runner_why=request.runner_why)
 
 
 def _least_needed(plan: ServicePlan) -> ServicePlan:
@@ -233,6 +234,7 @@ def _device_json(plan: HostPlan, index: int, gpu: Gpu) -> dict[str, Any]:
 def _service_json(service: ServicePlan) -> dict[str, Any]:
     return {
         "runner": service.runner,
+        "runner_why": service.runner_why,
         "model": service.model,
         "unit": service.unit,
         "fits": service.fits,

@@ -44,6 +44,7 @@ def _device_line(device: str, name: str, planned: float, usable: float, total: f
 
 def _service_lines(service: ServicePlan) -> list[str]:
     lines = [f"  {service.name}: {service.runner} serves {service.model} on {service.bind} port {service.port}"]
+    lines.append(_wrapped(f"{'runner':<16} {service.runner}", f"({service.runner_why})"))
     for key, choice in service.settings.items():
         lines.append(_wrapped(f"{key:<16} {choice.shown}", f"({choice.why})"))
     for device, part in service.memory.items():

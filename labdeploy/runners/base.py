@@ -147,6 +147,8 @@ class ServicePlan:
     """The file or folder it reads on the host; empty where the runner keeps models in a store of its own."""
     model_bytes: int
     api_key_file: str | None = None
+    runner_why: str = ""
+    """Why this runner: as written, or chosen for `runner: auto`."""
     after: tuple[str, ...] = ()
     """Units of this host that must be up before it starts."""
     shortfall: tuple[str, ...] = ()

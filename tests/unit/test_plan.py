@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from labdeploy import plan as planning
+from labdeploy import report
 from labdeploy.errors import FitError, InventoryError
 
 if TYPE_CHECKING:
@@ -350,6 +351,17 @@ def test_a_model_larger_than_ram_is_split_where_the_gpu_holds_the_rest(lab: Lab)
 
 
 # --- which runner -------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_says_why_this_runner(lab: Lab):
+    """`runner: auto` picks one and says why, to people and in JSON; so does a runner that is written."""
+    found = lab.plan(
+        "cpu: {cores: 8}, ram: 64GiB", a="model: qwen3-8b, port: 1", b="runner: ollama, model: qwen3-8b, port: 2"
+    )
+    reported = planning.to_json(found)["services"]
+    assert reported["a"]["runner_why"].startswith("for a service")
+    assert reported["b"]["runner_why"] == "as the inventory says"
+    assert "llama-server (for a service: one model" in " ".join(report.plan_text(found).split())
 
 
 @pytest.mark.parametrize(
