@@ -1,8 +1,9 @@
 """Whatever happens, at whatever moment: the host is wholly old or wholly new, and the next push just works.
 
 Each story (a push, a push that fails, a rollback, a boot after a power cut) is first run once to see which points
-of the host program it passes; then again with a fault at those points. `make faults` tries all of them. `make test`
-draws some, with LABDEPLOY_FAULT_SEED or today's date as its seed: each kind of fault, and each function once.
+of the host program it passes; then again with a fault at those points. `make faults` tries all of them; kinds that
+cannot tell one command of a function from the next (COARSE) strike each function once. `make test` draws some, with
+LABDEPLOY_FAULT_SEED or today's date as its seed: each kind of fault, and each function once.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ if TYPE_CHECKING:
     from labdeploy.sandbox import SandboxHost
 
 KINDS = ("controller", "connection", "sleep", "kill", "power", "reboot", "full", "readonly", "reload")
+COARSE = ("controller", "connection", "sleep", "reboot", "reload")
+TWICE = ("kill",)  # also when a point is passed for the second time
 STORIES = ("push", "back", "rollback")
+SHARDS = range(8 if ALL else 1)  # so that several workers can share what is slow
 COMMITTED = "commit"
 Points = tuple[tuple[str, int], ...]
 SILENT_S = faults.DEADLINE_S - 5  # more says that something waited for what cannot come
@@ -152,10 +156,18 @@ def own_functions(victims: Victims, story: str) -> set[str]:
 def drawn(points: Points, *about: str, each: Iterable[str] = ()) -> Points:
     """Give all points, or one that the seed draws of each of some functions, or of any."""
     if ALL:
-        return tuple(p for p in points if p[1] == 1 or {"kill", "power"} & set(about))
+        return every(points, about[-1])
     chance = random.Random(f"{SEED} {about}")  # noqa: S311
     chosen = sorted(functions(points) & set(each)) or [chance.choice(sorted(functions(points)))]
     return tuple(chance.choice([p for p in points if p[0].split(":")[0] == f]) for f in chosen)
+
+
+def every(points: Points, kind: str) -> Points:
+    """Give all points at which a kind of fault can make a difference."""
+    first = [point for point in points if point[1] == 1]
+    if kind in COARSE:
+        return tuple({name.split(":")[0]: (name, nth) for name, nth in reversed(first)}.values())
+    return points if kind in TWICE else tuple(first)
 
 
 def suites(about: str) -> Iterator[str]:
@@ -189,14 +201,16 @@ def current(victim: Victim) -> str:
     return sandbox.run(victim.host, "readlink", "/etc/labdeploy/current").stdout.strip()
 
 
+@pytest.mark.parametrize("shard", SHARDS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("story", STORIES)
-def test_one_fault(victims: Victims, results: Path, story: str, kind: str) -> None:
+def test_one_fault(victims: Victims, results: Path, story: str, kind: str, shard: int) -> None:
     """One fault at one step: the host is whole without anybody's help, and the next push works."""
     points = points_of(victims, story)
     each = own_functions(victims, story) if kind == "kill" else ()
     wrong: list[Result] = []
-    for point, suite in zip(drawn(points, story, kind, each=each), suites(story + kind), strict=False):
+    chosen = drawn(points, story, kind, each=each)[shard :: len(SHARDS)]
+    for point, suite in zip(chosen, suites(f"{story}{kind}{shard}"), strict=False):
         victim = victims[suite]
         words = prepare(victim, story)
         old = current(victim)
@@ -220,14 +234,15 @@ def must_be(points: Points, point: tuple[str, int], story: str) -> str:
     return "old" if at <= first else "new" if at >= last else ""
 
 
+@pytest.mark.parametrize("shard", SHARDS)
 @pytest.mark.parametrize("kind", ["kill", "power", "reboot", "readonly"])
-def test_a_second_fault_while_it_boots(victims: Victims, results: Path, kind: str) -> None:
+def test_a_second_fault_while_it_boots(victims: Victims, results: Path, kind: str, shard: int) -> None:
     """The power goes in the middle of a push, and another fault strikes what puts things right at boot."""
     wrong: list[Result] = []
     last = commit_point(victims)
     each = own_functions(victims, "boot") if kind == "kill" else ()
-    points = drawn(points_of(victims, "boot"), "boot", kind, each=each)
-    for point, suite in zip(points, suites("boot" + kind), strict=False):
+    chosen = drawn(points_of(victims, "boot"), "boot", kind, each=each)[shard :: len(SHARDS)]
+    for point, suite in zip(chosen, suites(f"boot{kind}{shard}"), strict=False):
         victim = victims[suite]
         words = prepare(victim, "boot")
         old = current(victim)
@@ -369,14 +384,16 @@ def adopters(
     made.end()
 
 
+@pytest.mark.parametrize("shard", SHARDS)
 @pytest.mark.parametrize("kind", ADOPT_KINDS)
 @pytest.mark.parametrize("story", ["adopt", "release"])
-def test_a_unit_that_was_there_before(adopters: Adopters, results: Path, story: str, kind: str) -> None:
+def test_a_unit_that_was_there_before(adopters: Adopters, results: Path, story: str, kind: str, shard: int) -> None:
     """A fault while a foreign unit is adopted or given back never loses a byte, a mode or a link of it."""
     points = adoption_points(adopters.adopter("sid"), story)
     each = ADOPTING if kind in {"kill", "power"} else ()
     wrong: list[Result] = []
-    for point, suite in zip(drawn(points, story, kind, each=each), suites(story + kind), strict=False):
+    chosen = drawn(points, story, kind, each=each)[shard :: len(SHARDS)]
+    for point, suite in zip(chosen, suites(f"{story}{kind}{shard}"), strict=False):
         adopter = adopters.adopter(suite)
         before = adopter.to("release" if story == "adopt" else "adopt")
         result = adopter.victim.strike(kind, point, *adopter.words(story))
