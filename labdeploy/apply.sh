@@ -20,9 +20,9 @@
 # Every file is made durable (sync FILE is an fsync) before anything relies on it. The moment of decision is the
 # rename of `good`: before it, every way out leads back to the old generation; after it, to the new one.
 
-# shellcheck shell=sh disable=SC2015,SC2010,SC2012,SC2045,SC2046,SC2086
+# shellcheck shell=sh disable=SC2015,SC2010,SC2012,SC2016,SC2045,SC2046,SC2086
 # (names of generations, units and services are of [A-Za-z0-9._-] alone, checked before they are sent, so lists of
-# them are split at spaces on purpose; `a && b || c` is meant to run c where either fails)
+# them are split at spaces on purpose; `a && b || c` is meant to run c where either fails; awk has its own $1)
 
 set -u -f
 umask 022
@@ -39,6 +39,7 @@ EMPTY=000000     # the generation before the first push
 KEEP=10          # generations kept beside current, good and previous
 SPACE_KIB=2048   # free in /etc: many times what a generation takes
 RUN_KIB=16384    # systemd refuses daemon-reload below 16 MiB free in /run (measured on 257)
+PROOF_S=60       # a runner counts its memory in 0.2 to 2 s; a cold driver takes longer
 
 emit() { _ifs=$IFS; IFS=$TAB; printf '%s\n' "$*" 2>/dev/null; IFS=$_ifs; return 0; }
 one_line() { tr '\n\t' '  ' | sed 's/  */ /g; s/^ //; s/ $//'; }
@@ -78,7 +79,7 @@ names_json() { # the services that changed, as the inside of a JSON list
 
 load_service() { # FOLDER OF A GENERATION, NAME
     unit='' ready='' completions='' models='' body='' n_ctx='' deadline_s=60 bind='' port='' gpu='' served=''
-    binary='' model='' model_bytes=0 api_key_file=''
+    binary='' model='' model_bytes=0 api_key_file='' devices='' groups='' layers=''
     while IFS= read -r _line; do
         _value=${_line#*=}
         case ${_line%%=*} in
@@ -87,6 +88,7 @@ load_service() { # FOLDER OF A GENERATION, NAME
             deadline_s) deadline_s=$_value ;; bind) bind=$_value ;; port) port=$_value ;; gpu) gpu=$_value ;;
             binary) binary=$_value ;; model) model=$_value ;; model_bytes) model_bytes=$_value ;;
             served) served=$_value ;;
+            devices) devices=$_value ;; groups) groups=$_value ;; layers) layers=$_value ;;
             api_key_file) api_key_file=$_value ;;
         esac
     done <"$1/services/$2"
@@ -251,6 +253,7 @@ txn() { # VERB ID TARGET BY WATCH_S CONFIRM_S OPTIONS
     arm
     switch
     restart_changed
+    keep_real
     watch
     confirmed
     commit
@@ -360,6 +363,7 @@ preflight() { # nothing is written on disk yet
             grep -F "$_u" | one_line)
         [ -z "$_said" ] || refuse 2 "systemd does not accept $_u: $_said" "labdeploy render --stdout  (look at that unit)"
     done
+    prove_all
 }
 
 room() { # FOLDER KIB
@@ -415,6 +419,184 @@ disk_fast_enough() { # NAME: the model can be read within the time its start is 
     [ "$_need_s" -lt "$deadline_s" ] ||
         refuse 2 "$1: reading $model takes about $_need_s s here ($((6400 / _cs)) MiB/s), its start is given $deadline_s s" \
             "write the disk's speed into the inventory: hardware: {disk_read: $((6400 / _cs + 1))MiB, ...}"
+}
+
+# --- proof: what each runner counts itself, on this machine, before anything stops ------------------------------------
+
+# llama.cpp's memory breakdown as `NAME DEVICE MODEL CONTEXT COMPUTE FREE`, in MiB; GPUs in the order of `gpus`:
+# | - CUDA0 (...) | total = free + (self = model + context + compute) + unaccounted |    | - Host | self = ... |
+BREAKDOWN='
+BEGIN { FS = "|"; split(gpus, gpu, " ") }
+$2 ~ /^ *- / {
+    gsub(/[=+()]/, " ", $3); split($3, mib, " "); split($2, word, " ")
+    if (word[2] == "Host") print name, "host", mib[2], mib[3], mib[4], "-"
+    else if (word[2] !~ /^CPU/) print name, gpu[++n], mib[4], mib[5], mib[6], mib[2]
+}'
+
+# Its buffers after a start as `NAME DEVICE MODEL CONTEXT COMPUTE`, and `NAME layers ON_GPU`. A context that reserves its
+# compute buffers anew has given the ones before back.
+BUFFERS='
+function place(buffer) {
+    if (buffer ~ /^CPU|_Host$|_Mapped$/) return "host"
+    number = buffer; sub(/^.*[^0-9]/, "", number)
+    return (number + 1 in gpu) ? gpu[number + 1] : buffer
+}
+function add(kind, where, mib) { sum[kind, where] += mib; if (!(where in seen)) { seen[where]; order[++n] = where } }
+BEGIN { split(gpus, gpu, " ") }
+/constructing llama_context/ { context++ }
+/buffer size *=/ {
+    for (i = 3; i < NF && !($i == "buffer" && $(i + 1) == "size"); i++);
+    kind = $(i - 1); buffer = $(i - 2); mib = $(i + 3)
+    if (kind == "model") add("model", place(buffer), mib)
+    if (kind == "KV" || kind == "RS") add("context", place(buffer), mib)
+    if (kind == "compute") { last[context, buffer] = mib; of[context, buffer] = buffer }
+}
+/offloaded [0-9]+\/[0-9]+ layers/ { for (i = 1; i < NF; i++) if ($i == "offloaded") layers = $(i + 1) + 0 }
+END {
+    for (each in last) add("compute", place(of[each]), last[each])
+    for (i = 1; i <= n; i++) { w = order[i]; print name, w, sum["model", w] + 0, sum["context", w] + 0, sum["compute", w] + 0 }
+    if (layers != "") print name, "layers", layers
+}'
+
+# Plan and proof of all services beside what is free: `refuse WHAT` and `warn SERVICE WHAT`. One process of a GPU has its
+# driver context open while it counts, so `free` lacks that already. 64 MiB: four services, each 16 MiB over its plan.
+JUDGE='
+function mib(x) { return sprintf("%d MiB", x + 0.5) }
+$1 == "starts" { starts[$2] }
+$1 == "stops" { freed[$3] += $4 }
+$1 == "unknown" { unknown = 1 }
+$1 == "available" { free["host"] = $2 }
+$1 == "plan" {
+    key = $2 " " $3; keys[++n] = key; usable[$3] = $4; plan[key] = $5 + $6 + $7; rest[key] = $8; cache[key] = $9
+    if (!($3 in need)) { devices[++m] = $3; need[$3] = 0 }
+}
+$1 == "proof" {
+    key = $2 " " $3; proof[key] = $4 + $5 + $6; parts[key] = $4 " model + " $5 " context + " $6 " compute"
+    if ($7 != "-" && (!($3 in free) || $7 > free[$3])) free[$3] = $7
+}
+END {
+    for (i = 1; i <= n; i++) {
+        key = keys[i]; split(key, is, " "); service = is[1]; device = is[2]
+        own = (key in proof) ? proof[key] : plan[key]
+        total[device] += own + rest[key] + cache[key]
+        if (service in starts) {
+            need[device] += own + rest[key]
+            if (rest[key] > most[device]) most[device] = rest[key]
+            who[device] = who[device] (who[device] ? " and " : "") service
+        }
+        if (!(key in proof)) continue
+        counts[device] = counts[device] (counts[device] ? ", " : "") service ": " parts[key]
+        off = proof[key] - plan[key]
+        if ((off > 16 || off < -16) && (off > plan[key] / 10 || off < -plan[key] / 10))
+            print "warn", service, "its own count for " device " is " mib(proof[key]) ", the plan says " mib(plan[key])
+    }
+    for (i = 1; i <= m; i++) {
+        device = devices[i]
+        if (!(device in counts)) continue
+        wants = need[device] - (device == "host" ? 0 : most[device]); room = free[device] + freed[device]
+        name = device == "host" ? "main memory" : device
+        if (device in free && wants > room)
+            print (unknown ? "warn " who[device] : "refuse"), who[device] " needs " mib(wants) " of " name \
+                " (" counts[device] " MiB), " mib(room) " are free" (freed[device] ? " once what runs now has stopped" : "")
+        else if (total[device] > usable[device] + 64)
+            print "refuse", name " is to hold " mib(total[device]) " (" counts[device] " MiB), the inventory leaves " \
+                mib(usable[device])
+    }
+}'
+
+prove_all() { # every service that will start counts its memory, and all together must find room
+    : >"$TXN/proofs"
+    for _u in $(units_in "$NEW"); do
+        case " $added $changed $start " in *" $_u "*) prove "$(service_of "$_u")" ;; esac
+    done
+    [ -s "$TXN/proofs" ] || return 0
+    facts_for_proof | awk "$JUDGE" >"$TXN/verdict"
+    while read -r _kind _line; do
+        case $_kind in
+            warn) emit warning "${_line%% *}" "${_line#* }" ;;
+            refuse) # a rollback is tried all the same: where it does not fit, what runs now comes back
+                [ "$VERB" = push ] || { emit warning memory "$_line"; continue; }
+                refuse 3 "does not fit: $_line" "labdeploy plan {host}  (then a smaller ctx_size, or reserve: what others use)" ;;
+        esac
+    done <"$TXN/verdict"
+}
+
+prove() { # NAME: its own build, with its own command line, says what it will allocate; it is ended before it does
+    load_service "$NEW" "$1"
+    _name=$1
+    set -- env -i "PATH=$PATH" "HOME=$TXN"
+    while IFS= read -r _line; do
+        case $_line in env=*) set -- "$@" "${_line#*=}" ;; esac
+    done <"$NEW/services/$_name"
+    _bare=$#
+    while IFS= read -r _line; do
+        case $_line in proof=*) set -- "$@" "${_line#*=}" ;; esac
+    done <"$NEW/services/$_name"
+    [ $# -gt "$_bare" ] || return 0
+    emit step prove "$_name"
+    as_nobody "$@" >"$TXN/said" 2>&1 </dev/null &
+    _pid=$! _until=$(($(centiseconds) + PROOF_S * 100))
+    until grep -q '| *- Host ' "$TXN/said"; do
+        kill -0 "$_pid" 2>/dev/null && [ "$(centiseconds)" -lt "$_until" ] || break
+        sleep 0.05
+    done
+    kill -9 "$_pid" 2>/dev/null
+    wait "$_pid" 2>/dev/null
+    awk -v name="$_name" -v gpus="$devices" "$BREAKDOWN" "$TXN/said" >"$TXN/proof"
+    if [ -s "$TXN/proof" ]; then cat "$TXN/proof" >>"$TXN/proofs"
+    else emit warning "$_name" "did not count its memory before the start: $(tail -n 2 "$TXN/said" | one_line)"; fi
+}
+
+as_nobody() { # COMMAND...: with the rights that the service will have, as far as files and devices go
+    command -v setpriv >/dev/null || exec "$@"
+    _ids=$(for _g in $groups; do getent group "$_g" | cut -d: -f3; done | tr '\n' ',')
+    if [ -n "$_ids" ]; then exec setpriv --reuid 65534 --regid 65534 --groups "${_ids%,}" --no-new-privs "$@"
+    else exec setpriv --reuid 65534 --regid 65534 --clear-groups --no-new-privs "$@"; fi
+}
+
+facts_for_proof() { # what JUDGE reads
+    sed 's/^/proof /' "$TXN/proofs"
+    sed -n 's/^MemAvailable: *\([0-9]*\) .*/\1/p' /proc/meminfo | while read -r _kib; do echo "available $((_kib / 1024))"; done
+    for _u in $(units_in "$NEW"); do
+        _name=$(service_of "$_u")
+        sed -n "s/^device=/plan $_name /p" "$NEW/services/$_name"
+        case " $added $changed $start " in *" $_u "*) echo "starts $_name" ;; esac
+    done
+    for _u in $changed $removed $adopt; do
+        [ "$(systemctl is-active "$_u")" != active ] || held "$_u"
+    done
+}
+
+held() { # UNIT that will be stopped: what it gives back of each device
+    for _pid in $(pids_of "$1"); do
+        sed -n 's/^RssAnon: *\([0-9]*\) .*/\1/p' "/proc/$_pid/status" 2>/dev/null
+    done | awk '{ kib += $1 } END { print "stops", "-", "host", kib / 1024 }'
+    _old=$ROOT/gen/$FROM/services/$(service_of "$1")
+    if grep -qs '^device=' "$_old"; then
+        sed -n 's/^device=\(gpu[0-9]*\) /\1 /p' "$_old" | while read -r _device _ _m _c _k _rest _; do
+            echo "stops - $_device $((_m + _c + _k + _rest))"
+        done
+    else echo unknown; fi
+}
+
+read_back() { # GENERATION NAME: what this very start allocated, from its journal; as many layers on GPUs as planned
+    grep -qs '^proof=' "$ROOT/gen/$1/services/$2" || return 0
+    journalctl --quiet --no-pager -o cat "_SYSTEMD_INVOCATION_ID=$invocation" 2>/dev/null |
+        awk -v name="$2" -v gpus="$devices" "$BUFFERS" >"$TXN/buffers"
+    cat "$TXN/buffers" >>"$TXN/real"
+    _on=$(sed -n 's/^[^ ]* layers //p' "$TXN/buffers")
+    [ -z "$layers" ] || [ "${_on:-$layers}" -ge "$layers" ] ||
+        { unhealthy GPU "$layers layers were planned on it, $_on are there"; return 1; }
+}
+
+keep_real() { # what was read back, beside the plan of its generation; of services that went on, what was known of them
+    [ -s "$TXN/real" ] || return 0
+    {
+        cat "$TXN/real"
+        [ ! -e "$ROOT/gen/$FROM/real" ] || while read -r _name _line; do
+            grep -q "^$_name " "$TXN/real" || [ ! -e "$NEW/services/$_name" ] || echo "$_name $_line"
+        done <"$ROOT/gen/$FROM/real"
+    } | put "$ROOT/gen/$TO/real"
 }
 
 # --- adoption: a unit that was here before ours, moved aside whole and brought back exactly -------------------------
@@ -684,6 +866,7 @@ bring_up() { # GENERATION UNIT: (re)start it and see that it serves; 1 with `rea
     _down=$(seconds_since "$_t0")
     emit step probe "$_name"
     serves || return 1
+    read_back "$1" "$_name" || return 1
     emit service "$_name" "$_action" "$_down"
 }
 
@@ -737,10 +920,14 @@ serves() { # ready, one token, and the context that was planned
     [ -z "$_ctx" ] || [ "$_ctx" = "$n_ctx" ] || { unhealthy context "serves $_ctx tokens, $n_ctx were planned"; return 1; }
 }
 
+pids_of() { # UNIT
+    _group=$(systemctl show -p ControlGroup --value "$1")
+    { cat "/sys/fs/cgroup$_group/cgroup.procs" "/sys/fs/cgroup/systemd$_group/cgroup.procs" 2>/dev/null
+      systemctl show -p MainPID --value "$1"; } | sort -u
+}
+
 gpu_in_use() { # a runner that fell back to the CPU answers 200; one that computes on a GPU has its device mapped
-    _group=$(systemctl show -p ControlGroup --value "$unit")
-    for _pid in $(cat "/sys/fs/cgroup$_group/cgroup.procs" "/sys/fs/cgroup/systemd$_group/cgroup.procs" 2>/dev/null) \
-        $(systemctl show -p MainPID --value "$unit"); do
+    for _pid in $(pids_of "$unit"); do
         ! grep -qE '/dev/(nvidia[0-9]|dri/render|kfd)|libvulkan_lvp|swrast|llvmpipe' "/proc/$_pid/maps" 2>/dev/null || return 0
         ! find "/proc/$_pid/fd" -type l -lname '/dev/*' -printf '%l\n' 2>/dev/null |
             grep -qE '/dev/(nvidia[0-9]|dri/render|kfd)' || return 0
@@ -949,6 +1136,10 @@ state() { # for status, history and rollback
     [ ! -e "$ROOT/pending" ] || emit pending
     drift | while IFS= read -r _line; do emit drift "$_line"; done
     [ ! -e "$ROOT/gen/$_g/plan.json" ] || emit plan "$(tr -d '\n' <"$ROOT/gen/$_g/plan.json")"
+    [ ! -e "$ROOT/gen/$_g/real" ] || while read -r _name _device _m _c _k; do
+        if [ "$_device" = layers ]; then emit layers "$_name" "$_m"
+        else emit real "$_name" "$_device" "$_m" "$_c" "$_k"; fi
+    done <"$ROOT/gen/$_g/real"
     FROM=$_g
     for _u in $(units_of "$_g"); do
         _name=$(service_of "$_u")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from labdeploy import __version__
 from labdeploy.errors import (
+    FitError,
     HostError,
     InventoryError,
     LabdeployError,
@@ -45,7 +46,7 @@ _TOLD: dict[str, Result] = {
     "would-change": "would-change",
     "rolled-back": "rolled-back",
 }
-_REFUSALS: dict[str, type[LabdeployError]] = {"2": InventoryError, "6": LockedError}
+_REFUSALS: dict[str, type[LabdeployError]] = {"2": InventoryError, "3": FitError, "6": LockedError}
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,15 @@ class ServiceState:
 
 
 @dataclass(frozen=True)
+class Buffers:
+    """What a service said it had allocated on a device when it started, in MiB."""
+
+    model_mib: float
+    context_mib: float
+    compute_mib: float
+
+
+@dataclass(frozen=True)
 class HostState:
     """A host as it is."""
 
@@ -44,6 +53,10 @@ class HostState:
     drift: tuple[str, ...]
     services: dict[str, ServiceState]
     plan: dict[str, Any]
+    real: dict[str, dict[str, Buffers]] = field(default_factory=dict)
+    """By service and device (`gpu0`, `host`), as read back after its start."""
+    layers: dict[str, int] = field(default_factory=dict)
+    """By service: layers on GPUs, as read back."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +135,8 @@ def state(connection: HostConnection) -> HostState:
         drift=_drift(lines),
         services={n: _service(n, unit, lines) for n, unit in (line.fields for line in lines if line.kind == "unit")},
         plan=next((json.loads(line.field(0)) for line in lines if line.kind == "plan"), {}),
+        real=_real(lines),
+        layers={line.field(0): int(line.field(1)) for line in lines if line.kind == "layers"},
     )
 
 
@@ -167,6 +182,13 @@ def _service(name: str, unit: str, lines: Sequence[Line]) -> ServiceState:
         since=shown.get("ActiveEnterTimestamp", ""),
         memory_mib=int(memory) // 2**20 if memory.isdigit() and int(memory) < 2**63 else None,
     )
+
+
+def _real(lines: Sequence[Line]) -> dict[str, dict[str, Buffers]]:
+    found: dict[str, dict[str, Buffers]] = {}
+    for name, device, *mib in (line.fields for line in lines if line.kind == "real"):
+        found.setdefault(name, {})[device] = Buffers(*map(float, mib))
+    return found
 
 
 def _switch(entry: dict[str, Any]) -> Switch:

@@ -24,6 +24,7 @@ HEARTBEAT_S = 10  # a step that says nothing for longer looks like a hang
 _STEPS = {
     "receive": "sending",
     "verify": "checking files, room and units",
+    "prove": "counting the memory of {}",
     "stage": "writing generation {}",
     "arm": "preparing the way back",
     "switch": "installing generation {}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import traceback
 from pathlib import Path
@@ -26,7 +27,7 @@ from labdeploy.runners.base import shown
 from labdeploy.schema import CONTROL
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from labdeploy.plan import HostPlan
     from labdeploy.runners.base import GpuBudget, Memory, ServicePlan
@@ -158,7 +159,7 @@ def render_host(plan: HostPlan, environment: Environment) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     for service in plan.services:
         files[f"systemd/{service.unit}"] = _unit(service, environment).encode()
-        files[f"services/{service.name}"] = _service_facts(service).encode()
+        files[f"services/{service.name}"] = _service_facts(service, plan).encode()
     files["units"] = "".join(f"{service.unit} {service.name}\n" for service in plan.services).encode()
     files["plan.json"] = (json.dumps(planning.to_json(plan), indent=1) + "\n").encode()
     return files
@@ -226,7 +227,7 @@ def _template_line(error: Exception, name: str) -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else name
 
 
-def _service_facts(service: ServicePlan) -> str:
+def _service_facts(service: ServicePlan, plan: HostPlan) -> str:
     """Write the facts of a service as `key=value` lines; the host program reads them as data, never as code."""
     health = service.health
     facts = {
@@ -236,16 +237,39 @@ def _service_facts(service: ServicePlan) -> str:
         "models": service.url + "/v1/models",
         "body": json.dumps({"model": health.model, "prompt": "Hello", "max_tokens": 1}),
         "n_ctx": health.n_ctx or "",
+        "layers": health.gpu_layers or "",
         "deadline_s": health.deadline_s,
         "bind": service.bind,
         "port": service.port,
         "gpu": ",".join(sorted({gpu.gpu.api for gpu in service.gpus})),
+        "devices": " ".join(gpu.id for gpu in service.gpus),
+        "groups": " ".join(_device_groups(service.gpus)),
         "binary": service.argv[0],
         "model": service.model_path,
         "model_bytes": service.model_bytes,
         "served": health.model,
         "api_key_file": service.api_key_file or "",
     }
-    for value in map(str, facts.values()):
-        plain(value)  # refuses line breaks
-    return "".join(f"{key}={value}\n" for key, value in facts.items())
+    proof = [
+        *(("env", f"{name}={value}") for name, value in service.env.items()),
+        *(("proof", w) for w in service.proof),
+    ]
+    lines = [*facts.items(), *_device_facts(service, plan), *(proof if service.proof else ())]
+    for key, value in lines:
+        if CONTROL.search(str(value)):
+            raise LabdeployError(f"{key}={value!r} cannot be a line of facts: it holds a control character")
+    return "".join(f"{key}={value}\n" for key, value in lines)
+
+
+def _device_facts(service: ServicePlan, plan: HostPlan) -> Iterator[tuple[str, str]]:
+    """Give for each device what plans may use of it, and the service's model, context, compute, rest and caches."""
+    for device, part in service.memory.items():
+        usable = plan.ram_usable_mib if device == "host" else plan.vram_usable_mib(int(device.removeprefix("gpu")))
+        figures = (
+            part.model_mib,
+            part.context_mib,
+            part.compute_mib,
+            part.overhead_mib + part.repack_mib,
+            part.cache_mib,
+        )
+        yield "device", " ".join([device, str(usable), *(str(math.ceil(mib)) for mib in figures)])

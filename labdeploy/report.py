@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import textwrap
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from labdeploy.errors import LabdeployError
 from labdeploy.plan import setting_changes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from labdeploy.check import Report
     from labdeploy.deploy import Outcome
@@ -142,15 +143,42 @@ def state_json(state: HostState | LabdeployError) -> dict[str, Any]:
                 "since": service.since,
                 "memory_mib": service.memory_mib,
                 "planned_mib": _planned_ram(state, name),
+                "layers_on_gpu": state.layers.get(name),
+                "memory": _memory_json(state, name),
             }
             for name, service in state.services.items()
         },
     }
 
 
+def _planned(state: HostState, service: str) -> dict[str, dict[str, float]]:
+    memory: dict[str, dict[str, float]] = state.plan.get("services", {}).get(service, {}).get("memory", {})
+    return memory
+
+
 def _planned_ram(state: HostState, service: str) -> int | None:
-    memory = state.plan.get("services", {}).get(service, {}).get("memory", {}).get("host", {})
+    memory = _planned(state, service).get("host", {})
     return round(sum(memory.values())) if memory else None
+
+
+def _memory_json(state: HostState, service: str) -> dict[str, Any]:
+    """Lay beside each other, by device, what was planned and what the service said it had allocated."""
+    real = state.real.get(service, {})
+    return {
+        device: {"planned": planned, "real": asdict(real[device]) if device in real else None}
+        for device, planned in _planned(state, service).items()
+    }
+
+
+def _real_lines(state: HostState, host: str) -> Iterator[str]:
+    """Say of each service that was read back what it allocated and what the plan was, device by device."""
+    for name, devices in state.real.items():
+        planned = _planned(state, name)
+        for device, buffers in devices.items():
+            parts = asdict(buffers)
+            plan = planned.get(device, {})
+            told = ", ".join(f"{key[:-4]} {mib:.0f} ({plan.get(key, 0):.0f})" for key, mib in parts.items())
+            yield f"{host}: {name}: {device}: {told} MiB real (planned)"
 
 
 def state_text(states: Mapping[str, HostState | LabdeployError]) -> str:
@@ -171,6 +199,7 @@ def state_text(states: Mapping[str, HostState | LabdeployError]) -> str:
             rows.append((host, state.generation, "no services", "-", "-", "-", "-", "-"))
         if state.pending:
             notes.append(f"{host}: a push is not confirmed yet, or was cut off")
+        notes += _real_lines(state, host)
         notes += [f"{host}: changed by hand: {text}" for text in state.drift]
     head = ("HOST", "GEN", "SERVICE", "STATE", "HEALTH", "UP SINCE", "RESTARTS", "RAM MIB/PLAN")
     return table(head, rows) + "".join(f"{note}\n" for note in notes)

@@ -123,6 +123,8 @@ class Health:
     model: str
     deadline_s: int
     n_ctx: int | None = None
+    gpu_layers: int | None = None
+    """As many layers must be on GPUs, by its own log."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ class ServicePlan:
     """The file or folder it reads on the host; empty where the runner keeps models in a store of its own."""
     model_bytes: int
     api_key_file: str | None = None
+    proof: tuple[str, ...] = ()
+    """Command line of a start that only counts its memory and says so, where the runner can; it is ended there."""
     runner_why: str = ""
     """Why this runner: as written, or chosen for `runner: auto`."""
     after: tuple[str, ...] = ()

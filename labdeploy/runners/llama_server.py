@@ -11,6 +11,7 @@ import dataclasses
 import ipaddress
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from labdeploy.errors import InventoryError
@@ -42,6 +43,8 @@ LEAST_CTX = 4096  # what --fit-ctx keeps at least; a chat with less is hardly on
 CACHE_RAM_DEFAULT_MIB = 8192  # llama-server's own --cache-ram
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 BASE_START_S = 60  # program start, warm-up and a busy machine, before any byte of the model is read
+GPU_START_S = 120  # more, for a first start: drivers compile shaders (31 s of two cores for Mesa's software Vulkan)
+LOG_VERBOSITY = 4  # at its default of 3, 0.7.0 does not say which layers and buffers went where
 STOP_S = 20  # with a request in flight a graceful stop waits for its client; measured on 0.7.0
 
 
@@ -149,6 +152,7 @@ class LlamaServer:
         taken = _memory(tuning, shape)
         tuning, taken = _with_prompt_cache(request.settings, tuning, taken, budget)
         settings = {**_that_matter(tuning, shape), **_thread_choices(request.settings, budget)}
+        argv = _argv(request, settings, tuning.gpus)
         return ServicePlan(
             name=request.name,
             unit=request.unit,
@@ -158,14 +162,20 @@ class LlamaServer:
             port=request.port,
             settings=settings,
             memory=taken,
-            argv=_argv(request, settings, tuning.gpus),
+            argv=argv,
+            proof=_proof(argv),
             env={**device_env(tuning.gpus, host_has_gpus=bool(tuning.gpus)), **request.env},
             gpus=tuning.gpus,
             health=Health(
                 ready_path="/health",
                 model=request.model.name,
-                deadline_s=start_timeout_s(request.model.size_bytes, budget.disk_mib_per_s, base_s=BASE_START_S),
+                deadline_s=start_timeout_s(
+                    request.model.size_bytes,
+                    budget.disk_mib_per_s,
+                    base_s=BASE_START_S + (GPU_START_S if tuning.gpus else 0),
+                ),
                 n_ctx=_slot_ctx(tuning, shape),
+                gpu_layers=min(tuning.value("gpu_layers"), shape.n_layer_all + 1) if tuning.gpus else None,
             ),
             stop_timeout_s=STOP_S,
             model_path=request.model.path,
@@ -481,6 +491,7 @@ def _argv(request: Request, settings: Mapping[str, Choice], gpus: tuple[GpuBudge
         *("--ctx-checkpoints", str(value["ctx_checkpoints"])),
         *("--load-mode", value["load_mode"]),
         "--metrics",
+        *("--log-verbosity", str(LOG_VERBOSITY)),
         *(("--api-key-file", credential_path(request)) if request.api_key_file else ()),
         *request.flags,
     )
@@ -495,4 +506,18 @@ def _gpu_words(value: Mapping[str, Any], gpus: tuple[GpuBudget, ...]) -> tuple[s
         words += ["--n-cpu-moe", str(value["n_cpu_moe"])]
     if value.get("tensor_split"):
         words += ["--tensor-split", ",".join(f"{share:g}" for share in value["tensor_split"])]
+    return tuple(words)
+
+
+def _proof(argv: tuple[str, ...]) -> tuple[str, ...]:
+    """Write the command line that counts memory: the service's own, on a port nobody else has, without its key.
+
+    With --fit on, llama-server first sizes all buffers without allocating one and prints them as a table
+    (common/fit.cpp); what the command line sets it leaves as it is.
+    """
+    instead = {"--host": "127.0.0.1", "--port": "0", "--fit": "on"}
+    words = [instead.get(before, word) for before, word in pairwise(("", *argv))]
+    if "--api-key-file" in words:
+        at = words.index("--api-key-file")
+        del words[at : at + 2]
     return tuple(words)

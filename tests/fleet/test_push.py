@@ -214,19 +214,6 @@ def test_looking(lab: Lab) -> None:
     assert lab.run("check").code == 8
 
 
-def test_layers_on_a_gpu_through_vulkan(lab: Lab) -> None:
-    """With a GPU in the inventory the layers really go to the device: here Mesa's software Vulkan."""
-    lab.extra = {
-        "hardware": {"cpu": {"cores": 2}, "ram": "8GiB", "gpus": [{"name": "llvmpipe", "vram": "4GiB"}]},
-    }
-    lab.set(flags=["--log-verbosity", "4"])
-    pushed = lab.push_ok()
-    assert pushed["result"] == "changed"
-    assert lab.complete()
-    journal = lab.run("logs", lab.host.name, "chat", "-n", "2000").out
-    assert "offloaded 5/5 layers to GPU" in journal
-
-
 def test_two_hosts_at_once_and_one_that_is_gone(
     make_host: Callable[[str], SandboxHost], tiny_model: Path, tmp_path: Path
 ) -> None:

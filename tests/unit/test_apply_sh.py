@@ -14,7 +14,10 @@ import labdeploy
 PROGRAM = Path(labdeploy.__file__).parent / "apply.sh"
 TEXT = PROGRAM.read_text()
 # Without comments, and without what stands between single quotes: sed, awk and printf have their own words.
-CODE = "\n".join(re.sub(r"(^|\s)#.*$", "", re.sub(r"'[^']*'", "''", line)) for line in TEXT.splitlines())
+PROGRAMS = re.compile(r"(?ms)^[A-Z]+='\n.*?'$")  # for awk
+CODE = "\n".join(
+    re.sub(r"(^|\s)#.*$", "", re.sub(r"'[^']*'", "''", line)) for line in PROGRAMS.sub("", TEXT).splitlines()
+)
 
 BASHISMS = {
     r"(^|\s)\[\[\s": "[[ ]]",
