@@ -37,7 +37,7 @@ more lines that start with `error:`, then an empty line and a `hint:` with somet
 `push HOST...` and `rollback HOST...` do not ask. `push --all` and `rollback` without a host ask on a terminal; without
 a terminal they need `-y`. `--json` never implies `-y`.
 
-Not there yet: `labdeploy probe`, which will read hardware and runner builds from the hosts, and `inspect URL`.
+
 """
 
 INVENTORY_INTRO = """\
