@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from labdeploy.errors import FitError, InventoryError
 from labdeploy.machines import completed, differences
 from labdeploy.runners import RUNNERS
-from labdeploy.runners.base import Budget, GpuBudget, Request, ServicePlan
+from labdeploy.runners.base import Budget, GpuBudget, Request, ServicePlan, require_known_flags
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -133,7 +133,7 @@ def _request(host: Host, service: Service, book: ModelBook) -> Request:
     """Join a service with its model, its runner's program and, where the runner is `auto`, the choice of one."""
     model = book.facts(service.model, host.models_dir or "")
     runner, why = choose_runner(service, model)
-    return Request(
+    request = Request(
         name=service.name,
         unit=service.unit or "",
         runner=runner,
@@ -146,7 +146,10 @@ def _request(host: Host, service: Service, book: ModelBook) -> Request:
         flags=service.flags,
         env=service.env,
         api_key_file=service.api_key_file,
+        build=book.build(host, runner),
     )
+    require_known_flags(request, host.name)
+    return request
 
 
 def choose_runner(service: Service, model: ModelFacts) -> tuple[str, str]:

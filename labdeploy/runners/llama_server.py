@@ -29,6 +29,7 @@ from labdeploy.runners.base import (
     gpu_sets,
     start_timeout_s,
 )
+from labdeploy.runners.llama_flags import spoken
 from labdeploy.runners.llama_memory import LlamaMemorySettings, memory
 from labdeploy.schema import Bool, Int, ListOf, Mib, Number, OneOf, Size, setting
 
@@ -149,6 +150,7 @@ class LlamaServer:
         taken = _memory(tuning, shape)
         tuning, taken = _with_prompt_cache(request.settings, tuning, taken, budget)
         settings = {**_that_matter(tuning, shape), **_thread_choices(request.settings, budget)}
+        argv, lost = spoken(_argv(request, settings, tuning.gpus), request.build)
         return ServicePlan(
             name=request.name,
             unit=request.unit,
@@ -158,7 +160,7 @@ class LlamaServer:
             port=request.port,
             settings=settings,
             memory=taken,
-            argv=_argv(request, settings, tuning.gpus),
+            argv=argv,
             env={**device_env(tuning.gpus, host_has_gpus=bool(tuning.gpus)), **request.env},
             gpus=tuning.gpus,
             health=Health(
@@ -173,7 +175,7 @@ class LlamaServer:
             api_key_file=request.api_key_file,
             shortfall=(*_no_gpu(tuning), *_shortfall(taken, tuning.gpus, budget)),
             ways_to_fit=tuple(_ways_to_fit(tuning, shape, budget)),
-            warnings=tuple(_warnings(request, tuning, shape)),
+            warnings=(*_warnings(request, tuning, shape), *lost),
         )
 
 
