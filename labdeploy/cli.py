@@ -482,16 +482,21 @@ def probe(options: Options, hosts: tuple[str, ...]) -> int:
 @click.option("--add", "name", default=None, help="Put its shape into the lock under this model name.")
 @reporting
 def inspect(options: Options, source: str, name: str | None) -> None:
-    """Show a model's shape and what it costs at several contexts."""
-    from labdeploy import inspection, lock  # noqa: PLC0415
+    """Show a model's shape and what it costs at several contexts.
 
-    needs_inventory = name is not None or (":" in source and not Path(source).exists())
+    Only headers are read: of a GGUF file or a Hugging Face snapshot folder, here or on a host, or of a GGUF file
+    behind an http(s) URL. One part of a split model stands for all of them.
+    """
+    from labdeploy import inspection, lock, sources  # noqa: PLC0415
+
+    is_remote = ":" in source and not Path(source).exists() and not sources.is_url(source)
+    needs_inventory = name is not None or is_remote
     found = inspection.inspect(source, options.inventory if needs_inventory else None)
     if name is not None:
         if name not in options.inventory.models:
             raise InventoryError(
                 f"{name!r} is not under models in {options.inventory.path}",
-                hint=f"add  {name}: {{path: {Path(source.rpartition(':')[2]).name}}}  below models:",
+                hint=f"add  {name}: {{path: {sources.file_name(source)}}}  below models:",
             )
         lock.add_model(options.inventory.lock_path, name, found.lock_entry)
     if options.json:

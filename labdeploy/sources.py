@@ -10,7 +10,7 @@ import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from labdeploy.errors import ModelError
 from labdeploy.models import gguf, safetensors
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from labdeploy.host import HostConnection
 
-URL = re.compile(r"https?://\S+")
+_URL = re.compile(r"https?://\S+", re.IGNORECASE)
 HTTP_S = 30
 SMALL_FILES = ("config.json", "hf_quant_config.json", safetensors.INDEX_NAME)
 FRONT_BYTES = 2**20  # holds the header of most safetensors files: a hundred bytes for each tensor
@@ -68,6 +68,14 @@ def read_remote_snapshot(connection: HostConnection, path: str, sizes: Mapping[s
             raise ModelError(error.what, where=where, hint=error.hint.replace(name, path)) from None
 
 
+def read_remote(connection: HostConnection, path: str) -> gguf.GgufHeader | safetensors.Snapshot:
+    """Read what lies at a path on a host: a GGUF file and all its parts, or a snapshot folder."""
+    sizes = connection.folder_sizes(path)
+    if sizes is None:
+        return read_remote_gguf(connection, path)
+    return read_remote_snapshot(connection, path, sizes)
+
+
 def _copy_front(remote: RemoteFile, to: Path, *, whole: bool) -> None:
     """Copy what of a file is looked at; the rest is a hole, so that its length is right."""
     wanted = min(remote.size, safetensors.MAX_JSON_BYTES) if whole else FRONT_BYTES
@@ -83,24 +91,13 @@ def _copy_front(remote: RemoteFile, to: Path, *, whole: bool) -> None:
 # --- URLs -----------------------------------------------------------------------------------------------------
 
 
-class _ToHttpOnly(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, but not away from HTTP: a server must not name files of this machine."""
-
-    def redirect_request(
-        self,
-        req: urllib.request.Request,
-        fp: object,
-        code: int,
-        msg: str,
-        headers: http.client.HTTPMessage,
-        newurl: str,
-    ) -> urllib.request.Request | None:
-        if not URL.fullmatch(newurl):
-            raise urllib.error.URLError(f"it redirects to {newurl!r:.80}")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)  # type: ignore[arg-type]
+def is_url(source: str) -> bool:
+    """Tell a URL from a path and from HOST:PATH."""
+    return _URL.fullmatch(source) is not None
 
 
 def _opener() -> urllib.request.OpenerDirector:
+    """Make an opener that knows HTTP and nothing else: a redirect must not lead to files of this machine."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler,
@@ -108,7 +105,8 @@ def _opener() -> urllib.request.OpenerDirector:
         urllib.request.HTTPSHandler,
         urllib.request.HTTPDefaultErrorHandler,
         urllib.request.HTTPErrorProcessor,
-        _ToHttpOnly,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.UnknownHandler,
     ):
         opener.add_handler(handler())
     return opener
@@ -142,6 +140,10 @@ class UrlFile:
         with self._get(offset, n) as answer:
             if answer.status != http.client.PARTIAL_CONTENT:
                 self._no_ranges(answer.headers.get("Content-Length", ""))
+            got = answer.headers.get("Content-Range", "")
+            if not got.startswith(f"bytes {offset}-"):
+                what = f"the server was asked for bytes from {offset} on and sent {got!r:.60}"
+                raise ModelError(what, where=self.url)
             return self._read(answer, n)
 
     def _get(self, offset: int, n: int) -> http.client.HTTPResponse:
@@ -157,8 +159,9 @@ class UrlFile:
             )
         except urllib.error.HTTPError as error:
             error.close()
+            said = str(error.reason).partition("\n")[0]  # of a redirect that leads back, urllib tells more
             raise ModelError(
-                f"the server says {error.code} {error.reason}", where=self.url, hint=f"curl -sIL '{self.url}'"
+                f"the server says {error.code} {said}", where=self.url, hint=f"curl -sIL '{self.url}'"
             ) from None
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
@@ -187,7 +190,10 @@ class UrlFile:
 
 def url_parts(url: str) -> tuple[str, ...]:
     """Give the URLs of all parts of a model, given that of one."""
-    parsed = urllib.parse.urlsplit(url)
+    try:
+        parsed = urllib.parse.urlsplit(url)
+    except ValueError as error:
+        raise ModelError(f"is no URL: {error}", where=url) from None
     folder, slash, name = parsed.path.rpartition("/")
     return tuple(
         urllib.parse.urlunsplit(parsed._replace(path=f"{folder}{slash}{part}")) for part in gguf.part_names(name)
@@ -205,7 +211,13 @@ def read_url_gguf(url: str) -> gguf.GgufHeader:
         raise
 
 
-def lock_entry(model: gguf.GgufHeader | safetensors.Snapshot) -> dict[str, object]:
+def file_name(source: str) -> str:
+    """Give the last part of a path, a HOST:PATH or a URL."""
+    path = urllib.parse.urlsplit(source).path if is_url(source) else source.rpartition(":")[2]
+    return path.rstrip("/").rpartition("/")[2]
+
+
+def lock_entry(model: gguf.GgufHeader | safetensors.Snapshot) -> dict[str, Any]:
     """Give what the lock keeps of a model."""
     if isinstance(model, safetensors.Snapshot):
         return safetensors.to_lock(model)
