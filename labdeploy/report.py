@@ -137,7 +137,8 @@ def probe_text(answers: Mapping[str, Probed | LabdeployError], warnings: Mapping
             lines.append(f"{host}: unreachable; the lock keeps what it has of it")
             continue
         machine = probed.machine
-        lines += _fold(f"{host}: {', '.join(_known(machine.os, machine.kernel, machine.arch))}")
+        systemd = _of(machine.systemd, "", "systemd ")
+        lines += _fold(f"{host}: {', '.join(_known(machine.os, machine.kernel, machine.arch, systemd))}")
         lines += [_fact(label, text) for label, text in _facts(machine)]
         lines += [_fact("model", _model_fact(name, size, probed)) for name, size in probed.sizes.items()]
         lines += [_wrapped("warning:", text) for text in warnings[host]]
