@@ -18,6 +18,7 @@ from fabric import Config, Connection
 from paramiko.hostkeys import HostKeyEntry
 
 from labdeploy.errors import HostError, ModelError
+from labdeploy.facts.answer import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -114,7 +115,7 @@ class HostConnection:
         """Ask the host what it has (facts.sh), in one exec; the answer is the lines of each fact by its name."""
         answer: dict[str, list[str]] = {}
         for line in self._run_program(facts_program(), ("facts", *args), timeout_s=FACTS_S):
-            answer.setdefault(line.kind, []).append("\t".join(line.fields))
+            answer.setdefault(line.kind, []).append(printable(" ".join(line.fields)))
         if "end" not in answer:
             raise HostError("its answer broke off", where=self._host.name)
         return {name: tuple(lines) for name, lines in answer.items()}

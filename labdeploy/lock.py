@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+_PARTS = ("models", "hosts", "flags")
 _HEAD = "# Written by labdeploy from what machines and model files report. Commit it; do not edit it.\n"
 
 
@@ -34,7 +35,7 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         what = f"cannot be read: {' '.join(str(error).split())}"
         raise InventoryError(what, where=str(path), hint=f"git checkout -- {path}") from None
-    for part in ("models", "hosts", "flags"):
+    for part in _PARTS:
         if not isinstance(content, dict) or not isinstance(content.get(part, {}), dict):
             hint = f"git checkout -- {path}"
             raise InventoryError(f"is not a lock file: no mapping of {part} in it", where=str(path), hint=hint)
@@ -50,7 +51,8 @@ def add_model(path: Path, name: str, entry: dict[str, Any]) -> None:
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """Write a lock file whole, in one rename; the same content makes the same bytes."""
-    text = _HEAD + yaml.dump(dict(content), Dumper=_DUMPER, sort_keys=False, width=110, allow_unicode=True)
+    ordered = {part: content[part] for part in (*_PARTS, *content) if part in content}
+    text = _HEAD + yaml.dump(ordered, Dumper=_DUMPER, sort_keys=False, width=110, allow_unicode=True)
     fresh = path.with_name(path.name + ".tmp")
     fresh.write_text(text, encoding="utf-8")
     fresh.replace(path)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from labdeploy import fleet, machines, sources
-from labdeploy.errors import LabdeployError, ModelError
+from labdeploy.errors import InventoryError, LabdeployError, ModelError
 from labdeploy.facts import machine as facts
 
 if TYPE_CHECKING:
@@ -95,20 +95,36 @@ def updated(lock: Mapping[str, Any], answers: Mapping[str, Probed | LabdeployErr
     for name, probed in answers.items():
         if isinstance(probed, LabdeployError):
             continue
-        hosts[name], known = facts.to_lock(probed.machine, facts.from_lock(lock, name))
+        hosts[name], known = facts.to_lock(probed.machine, _known_before(lock, name))
         flags |= known
         for model in probed.sizes:
             entry = probed.headers.get(model)
             if model not in decided and isinstance(entry, dict):
                 models[model] = entry
             decided.add(model)
-    used = {build.get("flags") for host in hosts.values() for build in host.get("runners", {}).values()}
+    used = {build.get("flags") for host in hosts.values() for build in _mappings(_mapping(host).get("runners"))}
     return {
         **lock,
         "models": dict(sorted(models.items())),
         "hosts": dict(sorted(hosts.items())),
         "flags": {digest: words for digest, words in sorted(flags.items()) if digest in used},
     }
+
+
+def _known_before(lock: Mapping[str, Any], name: str) -> Machine | None:
+    """Give what the lock has of a host; an entry that was mangled is written anew."""
+    try:
+        return facts.from_lock(lock, name)
+    except InventoryError:
+        return None
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _mappings(value: object) -> list[Mapping[str, Any]]:
+    return [_mapping(inner) for inner in _mapping(value).values()]
 
 
 # --- what to tell ---------------------------------------------------------------------------------------------

@@ -12,6 +12,11 @@ Answer = Mapping[str, tuple[str, ...]]
 _NOT_KNOWN = re.compile(r"\[?(n/?a|not supported|unknown.*|insufficient permissions|none|-|)\]?", re.IGNORECASE)
 
 
+def printable(line: str) -> str:
+    """Blank out what is no text: what a host says is shown on terminals and written into units."""
+    return line if line.isprintable() else "".join(char if char.isprintable() else " " for char in line)
+
+
 def first(answer: Answer, name: str) -> str:
     """Give the first line of a fact, or nothing."""
     return next(iter(answer.get(name, ())), "")

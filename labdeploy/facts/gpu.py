@@ -133,7 +133,7 @@ def _nvidia(answer: Answer) -> Iterator[GpuFacts]:
             name=name.strip(),
             vendor="nvidia",
             pci=_bus(pci),
-            uuid=known(uuid),
+            uuid=uuid.strip() if re.fullmatch(r"\s*GPU-[0-9a-fA-F-]+\s*", uuid) else None,
             vram_mib=whole(total) or None,  # GB10 says 0, Orin says [N/A]: both use main memory
             free_mib=whole(free) if whole(total) else None,
             driver=known(driver),

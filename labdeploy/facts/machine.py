@@ -12,6 +12,7 @@ is about right, so that asking the same machine again writes the same bytes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import re
 from dataclasses import dataclass, field
@@ -156,19 +157,24 @@ def _read(kind: str, value: Any, where: str) -> Any:  # noqa: ANN401 (of the typ
     """Read a plain value as what a field's annotation says."""
     if kind.endswith(" | None"):
         return None if value is None else _read(kind.removesuffix(" | None"), value, where)
+    if kind in _SCALARS and isinstance(value, _SCALARS[kind]) and isinstance(value, bool) == (kind == "bool"):
+        return value
     if kind in _RECORDS:
         return _record(_RECORDS[kind], value, where)
     if (inner := re.fullmatch(r"tuple\[(\w+), \.\.\.\]", kind)) and isinstance(value, list):
         return tuple(_read(inner[1], item, f"{where}[{i}]") for i, item in enumerate(value))
     if (inner := re.fullmatch(r"Mapping\[str, (\w+)\]", kind)) and isinstance(value, dict):
         return {str(key): _read(inner[1], item, f"{where}.{key}") for key, item in value.items()}
-    if kind in _SCALARS and isinstance(value, _SCALARS[kind]) and isinstance(value, bool) == (kind == "bool"):
-        return value
     return _problem(where, f"must be of type {kind}, not {value!r:.60}")
 
 
+@functools.cache
+def _declared(kind: type) -> dict[str, str]:
+    return {part.name: str(part.type) for part in dataclasses.fields(kind)}
+
+
 def _record(kind: type, value: Any, where: str) -> Any:  # noqa: ANN401 (the record)
-    declared = {part.name: str(part.type) for part in dataclasses.fields(kind)}
+    declared = _declared(kind)
     if not isinstance(value, dict) or not value.keys() <= declared.keys():
         unknown = sorted(map(str, value.keys() - declared.keys())) if isinstance(value, dict) else []
         _problem(where, f"has {unknown[0]}, which is not known here" if unknown else "must be a mapping")

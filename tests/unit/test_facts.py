@@ -14,7 +14,7 @@ from conftest import TOP
 import labdeploy
 from labdeploy.errors import InventoryError
 from labdeploy.facts import cpu, machine
-from labdeploy.facts.answer import documents, known, whole
+from labdeploy.facts.answer import documents, known, printable, whole
 
 if TYPE_CHECKING:
     from labdeploy.facts.answer import Answer
@@ -29,7 +29,7 @@ def read(text: str) -> Answer:
     answer: dict[str, list[str]] = {}
     for line in text.splitlines():
         name, _, said = line.partition("\t")
-        answer.setdefault(name, []).append(said)
+        answer.setdefault(name, []).append(printable(said))
     return {name: tuple(lines) for name, lines in answer.items()}
 
 
@@ -116,6 +116,12 @@ def test_no_answer_is_no_number():
         assert known(text) is None, text
         assert whole(text) is None, text
     assert (whole("24576"), whole("0x10"), whole("1e9"), whole("-1"), whole("9" * 40)) == (24576, 16, None, None, None)
+
+
+def test_what_is_no_text_is_blanked_out():
+    """A host's answer is shown on a terminal; colours, bells and line breaks are not for it to choose."""
+    assert printable("RTX\x1b[31m 3090\x07\u2028") == "RTX [31m 3090  "
+    assert printable("Intel(R) Arc(TM) \u00e9") == "Intel(R) Arc(TM) \u00e9"
 
 
 def test_documents_are_found_between_other_lines():

@@ -125,7 +125,7 @@ def test_the_inventory_wins_and_what_it_leaves_out_is_filled_in(lab: Lab):
     assert (done.cpu.cores, done.ram, done.gpus[0].vram) == (4, 32768, 20480)
     assert done.gpus[0].uuid == "GPU-7d1f0c52-93b4-4e6a-a1c8-5b2e8f60d934"
     assert done.gpus[0].compute_capability == "8.6"
-    assert done.disk_mib_per_s == 2166
+    assert done.disk_mib_per_s == 1083
     written = lab.host("cpu: {cores: 4, features: [avx]}, ram: 32GiB, disk_read: 500MiB", chat=CHAT).hosts["h"]
     done = machines.completed(written, probed(lab, "workstation")).hardware
     assert (done.cpu.known_features, done.disk_mib_per_s) == (("avx",), 500)
@@ -209,6 +209,15 @@ def test_the_lock_keeps_what_it_had_of_others():
     assert again["hosts"]["a"] == first["hosts"]["a"]
     assert again["hosts"]["b"]["cpu"] is None
     assert list(again["flags"]) == [first["hosts"]["a"]["runners"]["llama-server"]["flags"]]
+
+
+@pytest.mark.parametrize("entry", [3, {"os": 3}, {"runners": 3}, {"runners": {"vllm": 3}}, None])
+def test_a_mangled_entry_is_written_anew(entry: object):
+    """As the hint of the error about it says; also one of a host that was not asked is no hindrance."""
+    lock = {"hosts": {"a": entry, "b": entry}}
+    after = probe.updated(lock, {"a": answer("workstation")})
+    assert after["hosts"]["a"]["os"] == "Ubuntu 24.04.3 LTS"
+    assert after["hosts"]["b"] == entry
 
 
 def test_the_same_answers_make_the_same_bytes(lab: Lab):
