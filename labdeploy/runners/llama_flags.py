@@ -2,6 +2,7 @@
 
 The plan is written for 0.7.0. What a probed build does not know is said in its older spelling, or left out where that
 changes nothing. Builds are told apart by the flags in their help and not by their numbers: distributions patch them.
+Older spellings: common/arg.cpp of May and August 2025 (as llama-cpp-python 0.3.9 and 0.3.16 carry it).
 """
 
 from __future__ import annotations

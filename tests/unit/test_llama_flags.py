@@ -113,6 +113,20 @@ def test_builds_in_between(without: tuple[str, ...], words: tuple[str, ...], sai
     assert argv == ("/bin/ls", *said, *TAIL)
 
 
+def test_a_build_of_august_2025():
+    """It has one name for checkpoints, a flag for one KV pool and none for several, and -fa without a value."""
+    build = build_of(
+        "workstation", **{"--kv-unified": False, "--swa-checkpoints": True, "--cpu-moe": False, "--n-cpu-moe": True}
+    )
+    asked = ("--parallel", "4", "--no-kv-unified", "--flash-attn", "on", "--n-cpu-moe", "3", "--ctx-checkpoints", "8")
+    argv, warnings = spoken(("/bin/ls", *asked), build)
+    assert argv == (
+        *("/bin/ls", "--parallel", "4", "--flash-attn"),
+        *("--n-cpu-moe", "3", "--swa-checkpoints", "8"),
+    )
+    assert warnings == ()
+
+
 def test_memory_that_a_build_cannot_leave_alone_is_an_error():
     """A plan that counts experts in RAM is wrong for a build that puts them on the GPU."""
     build = build_of("workstation", without=("--override-tensor",))
