@@ -48,7 +48,8 @@ def _probe_host(connection: HostConnection, inventory: Inventory, host: Host, lo
     known = lock.get("models", {})
     new = [name for name, size in sizes.items() if _locked_size(known.get(name)) != size]
     headers = {name: _header(connection, paths[name], files) for name in new}
-    return Probed(facts.parse_machine(answer), sizes, headers)
+    read = {name: entry["size_bytes"] for name, entry in headers.items() if isinstance(entry, dict)}
+    return Probed(facts.parse_machine(answer), {**sizes, **read}, headers)  # an index may leave out files of a folder
 
 
 def model_paths(inventory: Inventory, host: Host) -> dict[str, str]:
@@ -99,9 +100,10 @@ def updated(lock: Mapping[str, Any], answers: Mapping[str, Probed | LabdeployErr
         flags |= known
         for model in probed.sizes:
             entry = probed.headers.get(model)
-            if model not in decided and isinstance(entry, dict):
-                models[model] = entry
+            if model in decided or isinstance(entry, ModelError):
+                continue
             decided.add(model)
+            models[model] = entry or models[model]
     used = {build.get("flags") for host in hosts.values() for build in _mappings(_mapping(host).get("runners"))}
     return {
         **lock,

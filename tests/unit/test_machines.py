@@ -253,6 +253,10 @@ def test_a_header_that_cannot_be_read_leaves_the_lock_alone():
     """The error is told; what was known before is still there."""
     broken = answer("silent", sizes={"m": 7}, headers={"m": ModelError("is cut off", where="a:/srv/models/m.gguf")})
     assert probe.updated({"models": {"m": {"size_bytes": 5}}}, {"a": broken})["models"] == {"m": {"size_bytes": 5}}
+    whole = answer("silent", sizes={"m": 9}, headers={"m": {"size_bytes": 9}})
+    assert (
+        probe.updated({"models": {"m": {"size_bytes": 5}}}, {"a": broken, "b": whole})["models"]["m"]["size_bytes"] == 9
+    )
     assert list(map(str, probe.errors(broken))) == ["a:/srv/models/m.gguf: is cut off"]
 
 
