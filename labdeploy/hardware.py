@@ -88,11 +88,13 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a machine has."""
+    """What a machine has. Where `cpu` or `ram` is left out, that and all else that is not written is as probed."""
 
-    cpu: Cpu = setting(Record(Cpu), "the processor")
-    ram: Mib = setting(Size(least_mib=1), "main memory")
-    gpus: tuple[Gpu, ...] = setting(ListOf(Record(Gpu)), "GPUs in the order the driver lists them", default=())
+    cpu: Cpu = setting(Record(Cpu), "the processor; default: as probed", default=Cpu(cores=0))
+    ram: Mib = setting(Size(least_mib=1), "main memory; default: as probed", default=Mib(0))
+    gpus: tuple[Gpu, ...] = setting(
+        ListOf(Record(Gpu)), "GPUs in the order the driver lists them; default: none, or as probed", default=()
+    )
     disk_read: Mib | None = setting(
         Size(least_mib=1),
         "what the disk with the models reads in a second; starts are given time by it; "
@@ -102,8 +104,8 @@ class Hardware:
 
     @property
     def is_known(self) -> bool:
-        """Whether anybody said what it is; a size of 0 cannot be written."""
-        return self.ram > 0
+        """Whether it says all that a plan needs; zeros cannot be written."""
+        return self.cpu.cores > 0 and self.ram > 0
 
     @property
     def disk_mib_per_s(self) -> int:
@@ -111,7 +113,7 @@ class Hardware:
         return self.disk_read or SLOW_DISK_READ
 
 
-UNKNOWN = Hardware(Cpu(cores=1), Mib(0))  # of a host whose inventory says nothing: only the host can tell
+UNKNOWN = Hardware()  # of a host whose inventory says nothing: only the host can tell
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Difference:
 def completed(host: Host, machine: Machine | None) -> Host:
     """Fill in what the inventory leaves out of a host's hardware; InventoryError where nobody knows it."""
     require_known([host], lambda _name: machine)
-    hardware = host.hardware if host.hardware.is_known else _probed(machine) or host.hardware
+    hardware = host.hardware if host.hardware.is_known else _joined(host.hardware, _probed(machine) or host.hardware)
     done = dataclasses.replace(host, hardware=_filled_in(hardware, machine) if machine else hardware)
     _check_gpus(done)
     return done
@@ -52,7 +52,7 @@ def require_known(hosts: Iterable[Host], machine_of: Callable[[str], Machine | N
     """Raise one InventoryError that names every host of which neither the inventory nor the lock says what it has."""
     unknown = [host.name for host in hosts if not host.hardware.is_known and _probed(machine_of(host.name)) is None]
     if unknown:
-        what = "is left out of the inventory, and the lock does not know it"
+        what = "is not all written, and the lock does not know it"
         lines = "\n".join(f"hosts.{name}.hardware: {what}" for name in unknown)
         raise InventoryError(lines, hint=f"labdeploy probe {' '.join(unknown)}")
 
@@ -66,6 +66,16 @@ def _probed(machine: Machine | None) -> Hardware | None:
         cpu=Cpu(cores=_allowed_cores(cpu), threads=max(cpu.threads, _allowed_cores(cpu))),
         ram=Mib(machine.ram.total_mib),
         gpus=tuple(_gpu(gpu, gpu.vram_mib) for gpu in machine.gpus if gpu.vram_mib and not gpu.shares_ram),
+    )
+
+
+def _joined(written: Hardware, probed: Hardware) -> Hardware:
+    """Take what is written, and the rest as probed."""
+    return Hardware(
+        cpu=written.cpu if written.cpu.cores else probed.cpu,
+        ram=written.ram or probed.ram,
+        gpus=written.gpus or probed.gpus,
+        disk_read=written.disk_read,
     )
 
 
@@ -134,18 +144,17 @@ def _check_gpus(host: Host) -> None:
 
 def differences(host: Host, machine: Machine) -> list[Difference]:
     """List what the inventory says of a host otherwise than the host itself."""
-    if not host.hardware.is_known:
-        return []
-    at = f"hosts.{host.name}.hardware"
-    return [*_cpu_differences(at, host.hardware, machine), *_gpu_differences(at, host.hardware, machine)]
+    at, hardware = f"hosts.{host.name}.hardware", host.hardware
+    gpus = _gpu_differences(at, hardware, machine) if hardware.is_known or hardware.gpus else ()
+    return [*_cpu_differences(at, hardware, machine), *gpus]
 
 
 def _cpu_differences(at: str, hardware: Hardware, machine: Machine) -> Iterator[Difference]:
     cpu, ram = machine.cpu, machine.ram
-    if ram and _differ(hardware.ram, ram.total_mib):
+    if ram and hardware.ram and _differ(hardware.ram, ram.total_mib):
         more = hardware.ram > ram.total_mib
         yield _sizes(f"{at}.ram", hardware.ram, ram.total_mib, matters=more)
-    if cpu is None:
+    if cpu is None or not hardware.cpu.cores:
         return
     for key in ("cores", "threads", "performance_cores"):
         says, has = getattr(hardware.cpu, key), getattr(cpu, key)

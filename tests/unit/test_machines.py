@@ -71,8 +71,8 @@ def test_hardware_that_nobody_knows_is_one_error(lab: Lab):
     ran = lab.run("plan")
     assert ran.code == 2
     assert ran.err == (
-        "error: hosts.a.hardware: is left out of the inventory, and the lock does not know it\n"
-        "error: hosts.c.hardware: is left out of the inventory, and the lock does not know it\n"
+        "error: hosts.a.hardware: is not all written, and the lock does not know it\n"
+        "error: hosts.c.hardware: is not all written, and the lock does not know it\n"
         "\nhint: labdeploy probe a c\n"
     )
 
@@ -129,6 +129,28 @@ def test_the_inventory_wins_and_what_it_leaves_out_is_filled_in(lab: Lab):
     written = lab.host("cpu: {cores: 4, features: [avx]}, ram: 32GiB, disk_read: 500MiB", chat=CHAT).hosts["h"]
     done = machines.completed(written, probed(lab, "workstation")).hardware
     assert (done.cpu.known_features, done.disk_mib_per_s) == (("avx",), 500)
+
+
+def test_a_part_of_the_hardware_may_be_written(lab: Lab):
+    """One line about the GPU or the disk, and the rest as probed; what is written is still compared."""
+    machine = probed(lab, "workstation")
+    text = f"hosts: {{h: {{hardware: {{KEYS}}, services: {{chat: {{{CHAT}}}}}}}}}\n{MODELS}"
+    host = lab.load(text.replace("KEYS", "disk_read: 500MiB")).hosts["h"]
+    done = machines.completed(host, machine).hardware
+    assert (done.cpu.cores, done.ram, len(done.gpus), done.disk_mib_per_s) == (8, 64191, 2, 500)
+    assert machines.differences(host, machine) == []
+    host = lab.load(text.replace("KEYS", "ram: 32GiB, gpus: [{name: RTX 3090, vram: 20GiB}]")).hosts["h"]
+    done = machines.completed(host, machine).hardware
+    assert (done.cpu.cores, done.ram, [gpu.vram for gpu in done.gpus]) == (8, 32768, [20480])
+    assert [str(found).removeprefix("hosts.h.hardware") for found in machines.differences(host, machine)] == [
+        ".ram says 32GiB, the host has 62.5GiB",
+        ".gpus[0].vram says 20GiB, the host has 24GiB",
+        ".gpus does not name NVIDIA GeForce RTX 3060 with 12GiB at 0000:0b:00.0",
+    ]
+    assert lab.run("plan").code == 0
+    (lab.folder / "inventory.lock.yaml").unlink()
+    lab.copy_lock()
+    assert "hosts.h.hardware: is not all written, and the lock does not know it" in lab.run("plan").err
 
 
 def test_a_uuid_names_a_card_wherever_it_sits(lab: Lab):
