@@ -139,7 +139,7 @@ kfd() { # the gfx version of AMD GPUs, by their place on the bus
 lspci_gpus() { ! command -v lspci >/dev/null || timeout "$ASK_S" lspci -Dnn | grep '\[03[0-9a-f][0-9a-f]\]'; }
 
 xpu_smi() {
-    for _id in $(timeout "$ASK_S" xpu-smi discovery -j | sed -n 's/.*"device_id": *\([0-9]*\).*/\1/p'); do
+    for _id in $(timeout "$ASK_S" xpu-smi discovery -j | tr '{' '\n' | sed -n 's/.*"device_id": *\([0-9]*\).*/\1/p'); do
         timeout "$ASK_S" xpu-smi discovery -d "$_id" -j
     done
 }
@@ -177,7 +177,7 @@ model() { # PATH: a file's size; a folder's files
 long_enough() { [ -f "$1" ] && [ "$(stat -Lc %s "$1")" -ge $((READ_LEAST_KIB * 1024)) ]; }
 
 largest_file() { # FOLDER: of those that are long enough to measure by
-    [ ! -d "$1" ] || find -L "$1" -maxdepth 4 -type f -size "+${READ_LEAST_KIB}k" -exec stat -Lc '%s %n' {} + |
+    [ ! -d "$1" ] || timeout "$ASK_S" find -L "$1" -maxdepth 4 -type f -size "+${READ_LEAST_KIB}k" -exec stat -Lc '%s %n' {} + |
         sort -rn | sed -n '1s/^[0-9]* //p'
 }
 
