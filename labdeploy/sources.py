@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _URL = re.compile(r"https?://\S+", re.IGNORECASE)
 HTTP_S = 30
+WHOLE_BYTES = 16 * 2**20  # so much is taken of a server that can only send whole files
 SMALL_FILES = ("config.json", "hf_quant_config.json", safetensors.INDEX_NAME)
 FRONT_BYTES = 2**20  # holds the header of most safetensors files: a hundred bytes for each tensor
 
@@ -122,16 +123,15 @@ class UrlFile:
 
     def _open(self) -> tuple[int, bytes]:
         """Ask for the first window: the answer has the whole length too."""
-        with self._get(0, gguf.WINDOW_BYTES) as answer:
+        with self._get(0, gguf.FIRST_WINDOW_BYTES) as answer:
             length = answer.headers.get("Content-Length", "")
             total = re.fullmatch(r"bytes 0-\d+/(\d+)", answer.headers.get("Content-Range", ""))
             if answer.status == http.client.PARTIAL_CONTENT and total:
                 size = int(total[1])
-            elif answer.status == http.client.OK and length.isdigit() and int(length) <= gguf.WINDOW_BYTES:
-                size = int(length)  # the server knows no ranges, and the file is as short as one
-            else:
-                self._no_ranges(length)
-            return size, self._read(answer, min(size, gguf.WINDOW_BYTES))
+                return size, self._read(answer, min(size, gguf.FIRST_WINDOW_BYTES))
+            if answer.status == http.client.OK and length.isdigit() and int(length) <= WHOLE_BYTES:
+                return int(length), self._read(answer, int(length))  # the server knows no ranges
+            return self._no_ranges(length)
 
     def read(self, offset: int, n: int) -> bytes:
         """Return up to `n` bytes at `offset`."""
