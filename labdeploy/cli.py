@@ -109,12 +109,13 @@ def cli() -> None:
 
 
 def _plans(options: Options, hosts: Sequence[str]) -> list[HostPlan]:
-    from labdeploy import lock, plan  # noqa: PLC0415
+    from labdeploy import lock, machines, plan  # noqa: PLC0415
     from labdeploy.models.book import ModelBook  # noqa: PLC0415
 
     inventory = options.inventory
-    book = ModelBook(inventory, lock.read(inventory.lock_path))
-    return [plan.plan_host(host, book) for host in inventory.select(hosts)]
+    book, selected = ModelBook(inventory, lock.read(inventory.lock_path)), inventory.select(hosts)
+    machines.require_known(selected, book.machine)
+    return [plan.plan_host(host, book) for host in selected]
 
 
 def _generations(options: Options, plans: Sequence[HostPlan]) -> dict[str, Generation]:
@@ -135,7 +136,8 @@ def plan_command(options: Options, hosts: tuple[str, ...]) -> None:
 
     plans = _plans(options, hosts)
     if options.json:
-        _print_json({"hosts": {p.host.name: plan.to_json(p) for p in plans}})
+        warnings = {p.host.name: list(p.warnings) for p in plans if p.warnings}
+        _print_json({"hosts": {p.host.name: plan.to_json(p) for p in plans}, "warnings": warnings})
     else:
         for p in plans:
             click.echo(report.plan_text(p), nl=False)
@@ -445,24 +447,56 @@ def logs(options: Options, host: str, service: str, follow: bool, lines: int) ->
             click.echo(line)
 
 
-# --- models, schema -----------------------------------------------------------------------------------------------
+# --- facts, models, schema --------------------------------------------------------------------------------------------
 
 
 @cli.command()
-@click.argument("source", metavar="FILE|DIR|HOST:PATH")
+@hosts_argument
+@reporting
+def probe(options: Options, hosts: tuple[str, ...]) -> int:
+    """Ask hosts what they have: hardware, runner builds, model headers; into the lock.
+
+    Changes nothing on them. The lock keeps what it has of hosts that were not asked or did not answer.
+    """
+    from labdeploy import lock, probe, report  # noqa: PLC0415
+
+    inventory = options.inventory
+    selected, before = inventory.select(hosts), lock.read(inventory.lock_path)
+    answers = probe.probe(inventory, selected, before)
+    after = probe.updated(before, answers)
+    if after != before:
+        lock.write(inventory.lock_path, after)
+    warnings = {host.name: probe.warnings(inventory, host, answers[host.name], after) for host in selected}
+    if options.json:
+        found = {h: report.probe_json(a, warnings[h]) for h, a in answers.items()}
+        _print_json({"lock": str(inventory.lock_path), "hosts": found})
+    else:
+        click.echo(report.probe_text(answers, warnings), nl=False)
+    errors = [error for host in selected for error in probe.errors(answers[host.name])]
+    tell_all(map(str, errors), _first_hint(errors))
+    return max((error.exit_code for error in errors), default=0)
+
+
+@cli.command()
+@click.argument("source", metavar="FILE|DIR|URL|HOST:PATH")
 @click.option("--add", "name", default=None, help="Put its shape into the lock under this model name.")
 @reporting
 def inspect(options: Options, source: str, name: str | None) -> None:
-    """Show a model's shape and what it costs at several contexts."""
-    from labdeploy import inspection, lock  # noqa: PLC0415
+    """Show a model's shape and what it costs at several contexts.
 
-    needs_inventory = name is not None or (":" in source and not Path(source).exists())
+    Only headers are read: of a GGUF file or a Hugging Face snapshot folder, here or on a host, or of a GGUF file
+    behind an http(s) URL. One part of a split model stands for all of them.
+    """
+    from labdeploy import inspection, lock, sources  # noqa: PLC0415
+
+    is_remote = ":" in source and not Path(source).exists() and not sources.is_url(source)
+    needs_inventory = name is not None or is_remote
     found = inspection.inspect(source, options.inventory if needs_inventory else None)
     if name is not None:
         if name not in options.inventory.models:
             raise InventoryError(
                 f"{name!r} is not under models in {options.inventory.path}",
-                hint=f"add  {name}: {{path: {Path(source.rpartition(':')[2]).name}}}  below models:",
+                hint=f"add  {name}: {{path: {sources.file_name(source)}}}  below models:",
             )
         lock.add_model(options.inventory.lock_path, name, found.lock_entry)
     if options.json:

@@ -36,11 +36,16 @@ class Cpu:
     performance_cores: int | None = setting(
         Int(1, 4096), "fast cores of a hybrid processor (Intel P-cores); default: all cores", default=None
     )
-    features: tuple[str, ...] = setting(
+    features: tuple[str, ...] | None = setting(
         ListOf(Text("a CPU flag", r"[a-z0-9_]+")),
-        "flags of /proc/cpuinfo that matter: avx2, avx512f, asimddp, i8mm",
-        default=("avx2",),
+        "flags of /proc/cpuinfo that matter: avx2, avx512f, asimddp, i8mm; default: as probed, else `avx2`",
+        default=None,
     )
+
+    @property
+    def known_features(self) -> tuple[str, ...]:
+        """The features to count with: as written or probed, else those of any x86 processor since 2013."""
+        return ("avx2",) if self.features is None else self.features
 
     @property
     def compute_cores(self) -> int:
@@ -83,14 +88,32 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a machine has."""
+    """What a machine has. Where `cpu` or `ram` is left out, that and all else that is not written is as probed."""
 
-    cpu: Cpu = setting(Record(Cpu), "the processor")
-    ram: Mib = setting(Size(least_mib=1), "main memory")
-    gpus: tuple[Gpu, ...] = setting(ListOf(Record(Gpu)), "GPUs in the order the driver lists them", default=())
-    disk_read: Mib = setting(
-        Size(), "what the disk with the models reads in a second; starts are given time by it", default=SLOW_DISK_READ
+    cpu: Cpu = setting(Record(Cpu), "the processor; default: as probed", default=Cpu(cores=0))
+    ram: Mib = setting(Size(least_mib=1), "main memory; default: as probed", default=Mib(0))
+    gpus: tuple[Gpu, ...] = setting(
+        ListOf(Record(Gpu)), "GPUs in the order the driver lists them; default: none, or as probed", default=()
     )
+    disk_read: Mib | None = setting(
+        Size(least_mib=1),
+        "what the disk with the models reads in a second; starts are given time by it; "
+        f"default: as probed, else `{SLOW_DISK_READ}MiB`",
+        default=None,
+    )
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it says all that a plan needs; zeros cannot be written."""
+        return self.cpu.cores > 0 and self.ram > 0
+
+    @property
+    def disk_mib_per_s(self) -> int:
+        """The speed to count with: as written or probed, else that of a slow disk."""
+        return self.disk_read or SLOW_DISK_READ
+
+
+UNKNOWN = Hardware()  # of a host whose inventory says nothing: only the host can tell
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from fabric import Config, Connection
 from paramiko.hostkeys import HostKeyEntry
 
 from labdeploy.errors import HostError, ModelError
+from labdeploy.facts.answer import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ logging.getLogger("paramiko").setLevel(logging.CRITICAL)  # it prints what we ra
 CHANNEL_S = 20  # paramiko's own default is an hour
 KEEPALIVE_S = 15
 ANSWER_S = 60  # a question that changes nothing
+FACTS_S = 150  # the longest that facts.sh is silent: HELP_S of it, and the start of what follows
 SYSTEM_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
 
 
@@ -50,6 +52,12 @@ class Line:
 def program() -> bytes:
     """Read the program that runs on hosts."""
     return (Path(__file__).parent / "apply.sh").read_bytes()
+
+
+@functools.cache
+def facts_program() -> bytes:
+    """Read the questions that `probe` asks on hosts."""
+    return (Path(__file__).parent / "facts" / "facts.sh").read_bytes()
 
 
 class HostConnection:
@@ -101,13 +109,32 @@ class HostConnection:
         One exec: the program and the payload travel on its standard input. Raises HostError when the connection
         breaks or sudo wants a password.
         """
+        return self._run_program(program(), (verb, *args), payload, on_line, timeout_s)
+
+    def ask_facts(self, *args: str) -> dict[str, tuple[str, ...]]:
+        """Ask the host what it has (facts.sh), in one exec; the answer is the lines of each fact by its name."""
+        answer: dict[str, list[str]] = {}
+        for line in self._run_program(facts_program(), ("facts", *args), timeout_s=FACTS_S):
+            answer.setdefault(line.kind, []).append(printable(" ".join(line.fields)))
+        if "end" not in answer:
+            raise HostError("its answer broke off", where=self._host.name)
+        return {name: tuple(lines) for name, lines in answer.items()}
+
+    def _run_program(
+        self,
+        text: bytes,
+        words: tuple[str, ...],
+        payload: bytes = b"",
+        on_line: Callable[[Line], None] | None = None,
+        timeout_s: float = ANSWER_S,
+    ) -> list[Line]:
         lines: list[Line] = []
-        with self._channel(_bootstrap(verb, *args), timeout_s) as channel:
+        with self._channel(_bootstrap(len(text), *words), timeout_s) as channel:
             with contextlib.suppress(OSError):  # the program may answer and end without reading all of it
-                channel.sendall(program() + payload)
+                channel.sendall(text + payload)
                 channel.shutdown_write()
-            for text in self._lines(channel):
-                kind, *fields = text.split("\t")
+            for said in self._lines(channel):
+                kind, *fields = said.split("\t")
                 lines.append(Line(kind, tuple(fields)))
                 if on_line:
                     on_line(lines[-1])
@@ -125,6 +152,17 @@ class HostConnection:
         quoted = shlex.quote(path)
         with self._channel(_as_root(f"tail -c +{offset + 1} {quoted} | head -c {n}"), ANSWER_S) as channel:
             return b"".join(iter(lambda: channel.recv(1 << 20), b""))
+
+    def folder_sizes(self, path: str) -> dict[str, int] | None:
+        """Give the sizes of the files of a folder on the host by their names; None where it is no folder."""
+        folder = shlex.quote(path)
+        each = 'for f in *; do [ ! -f "$f" ] || stat -Lc "%s %n" "$f"; done'
+        command = f"if [ -d {folder} ]; then cd {folder} && {each}; echo folder; else echo none; fi"
+        with self._channel(_as_root(command), ANSWER_S) as channel:
+            *rows, kind = [*self._lines(channel)] or [""]
+            self._check_end(channel, answered=kind in ("folder", "none"))
+        sizes = (row.partition(" ") for row in rows)
+        return {name: int(size) for size, _, name in sizes} if kind == "folder" else None
 
     def file_size(self, path: str) -> int:
         """Give the size of a file on the host."""
@@ -335,7 +373,7 @@ def _as_root(command: str) -> str:
     return f"exec /bin/sh -c {shlex.quote(inner)}"
 
 
-def _bootstrap(verb: str, *args: str) -> str:
-    """Write the command that reads the program from standard input and runs one of its verbs."""
-    start = f'PROGRAM=$(head -c {len(program())}) && eval "$PROGRAM"'
-    return _as_root(f"set -- {shlex.join((verb, *args))}; {start}")
+def _bootstrap(length: int, *words: str) -> str:
+    """Write the command that reads a program of that length from standard input and runs one of its verbs."""
+    start = f'PROGRAM=$(head -c {length}) && eval "$PROGRAM"'
+    return _as_root(f"set -- {shlex.join(words)}; {start}")

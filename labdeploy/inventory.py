@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from labdeploy.errors import InventoryError
-from labdeploy.hardware import Cpu, Hardware, Reserve
+from labdeploy.hardware import UNKNOWN, Hardware, Reserve
 from labdeploy.runners import RUNNERS
 from labdeploy.schema import (
     AbsolutePath,
@@ -192,7 +192,7 @@ def _keys_of(settings: type) -> dict[str, Any]:
 class Host:
     """A machine."""
 
-    hardware: Hardware = setting(Record(Hardware), "what it has")
+    hardware: Hardware = setting(Record(Hardware), "what it has; default: as probed", default=UNKNOWN)
     address: str | None = setting(Hostname, "host name or IP address; default: the host's own name", default=None)
     ssh: Ssh = setting(Record(Ssh), "how it is reached", default=Ssh())
     reserve: Reserve = setting(Record(Reserve), "memory that plans leave alone", default=Reserve())
@@ -329,10 +329,10 @@ def _check_across(keys: InventoryKeys, root: yaml.Node, place: Place) -> None:
                 _note(root, place, at, f"{member!r} is not a host{did_you_mean(member, hosts)}")
     _check_runners(keys.defaults.runners, "defaults", root, place)
     for name, node in hosts.items():
-        host = keys.hosts.get(name) or Host(Hardware(Cpu(1), Mib(0)), services=_services(node))
+        host = keys.hosts.get(name) or Host(services=_services(node))
         _check_runners(host.runners, f"hosts.{name}", root, place)
         _check_services(name, host, models, root, place)
-        if not any(problem.path.startswith(f"hosts.{name}.hardware") for problem in place.problems):
+        if host.hardware.is_known and not any(p.path.startswith(f"hosts.{name}.hardware") for p in place.problems):
             _check_gpus(name, host, root, place)
 
 

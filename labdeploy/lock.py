@@ -2,8 +2,10 @@
 
     models:
       qwen: {format: gguf, size_bytes: ..., metadata: {...}, tensors: [...]}
+    hosts:
+      gpu1: {os: ..., cpu: {...}, ram: {...}, gpus: [...], runners: {...}}     # facts/machine.py
 
-Written by `inspect --add` (and later `probe`), never by hand.
+Written by `inspect --add` and `probe`, never by hand.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ import yaml
 from labdeploy.errors import InventoryError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+_PARTS = ("models", "hosts", "flags")
 _HEAD = "# Written by labdeploy from what machines and model files report. Commit it; do not edit it.\n"
 
 
@@ -31,16 +35,24 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         what = f"cannot be read: {' '.join(str(error).split())}"
         raise InventoryError(what, where=str(path), hint=f"git checkout -- {path}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("models", {}), dict):
-        raise InventoryError("is not a lock file: no mapping of models in it", where=str(path))
-    return content
+    for part in _PARTS:
+        if not isinstance(content, dict) or not isinstance(content.get(part, {}), dict):
+            hint = f"git checkout -- {path}"
+            raise InventoryError(f"is not a lock file: no mapping of {part} in it", where=str(path), hint=hint)
+    return dict(content)
 
 
 def add_model(path: Path, name: str, entry: dict[str, Any]) -> None:
     """Put one model's facts into the lock, replacing what was known of it, in one rename."""
     content = read(path)
     content["models"] = dict(sorted({**content.get("models", {}), name: entry}.items()))
-    text = _HEAD + yaml.dump(content, Dumper=_DUMPER, sort_keys=False, width=110, allow_unicode=True)
+    write(path, content)
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a lock file whole, in one rename; the same content makes the same bytes."""
+    ordered = {part: content[part] for part in (*_PARTS, *content) if part in content}
+    text = _HEAD + yaml.dump(ordered, Dumper=_DUMPER, sort_keys=False, width=110, allow_unicode=True)
     fresh = path.with_name(path.name + ".tmp")
     fresh.write_text(text, encoding="utf-8")
     fresh.replace(path)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from labdeploy.errors import FitError, InventoryError
+from labdeploy.machines import completed, differences
 from labdeploy.runners import RUNNERS
-from labdeploy.runners.base import Budget, GpuBudget, Request, ServicePlan
+from labdeploy.runners.base import Budget, GpuBudget, Request, ServicePlan, require_known_flags
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -29,6 +30,8 @@ class HostPlan:
 
     host: Host
     services: tuple[ServicePlan, ...]
+    warnings: tuple[str, ...] = ()
+    """Where the inventory says of the hardware otherwise than the host did, so that the plan may be wrong."""
 
     @property
     def ram_usable_mib(self) -> int:
@@ -56,6 +59,9 @@ def plan_host(host: Host, book: ModelBook) -> HostPlan:
     of `_planning_rank`, so that what one does not need the next ones have. A service that does not fit still gets a
     plan, which says by how much; `require_fit` refuses it.
     """
+    machine = book.machine(host.name)
+    told = tuple(str(found) for found in differences(host, machine) if found.matters) if machine else ()
+    host = completed(host, machine)
     requests = {name: _request(host, service, book) for name, service in host.services.items()}
     order = sorted(requests, key=lambda name: _planning_rank(requests[name]))
     least: dict[str, ServicePlan] = {}
@@ -68,7 +74,7 @@ def plan_host(host: Host, book: ModelBook) -> HostPlan:
         budget = _budget(host, {**planned, **later}, requests)
         shared = _share(budget, least[name], list(later.values())) if later else budget
         planned[name] = _plan(host, requests[name], shared)
-    return HostPlan(host, tuple(_in_start_order(host, planned)))
+    return HostPlan(host, tuple(_in_start_order(host, planned)), told)
 
 
 def _plan(host: Host, request: Request, budget: Budget) -> ServicePlan:
@@ -127,7 +133,7 @@ def _request(host: Host, service: Service, book: ModelBook) -> Request:
     """Join a service with its model, its runner's program and, where the runner is `auto`, the choice of one."""
     model = book.facts(service.model, host.models_dir or "")
     runner, why = choose_runner(service, model)
-    return Request(
+    request = Request(
         name=service.name,
         unit=service.unit or "",
         runner=runner,
@@ -140,7 +146,10 @@ def _request(host: Host, service: Service, book: ModelBook) -> Request:
         flags=service.flags,
         env=service.env,
         api_key_file=service.api_key_file,
+        build=book.build(host, runner),
     )
+    require_known_flags(request, host.name)
+    return request
 
 
 def choose_runner(service: Service, model: ModelFacts) -> tuple[str, str]:
@@ -179,8 +188,8 @@ def _budget(host: Host, taken: Mapping[str, ServicePlan], requests: Mapping[str,
         ram_mib=_usable(hardware.ram, host.reserve.ram) - _taken(taken.values(), "host"),
         threads=threads,
         threads_why=f"{cores} {kind} cores{share}",
-        cpu_features=hardware.cpu.features,
-        disk_mib_per_s=hardware.disk_read,
+        cpu_features=hardware.cpu.known_features,
+        disk_mib_per_s=hardware.disk_mib_per_s,
         gpu_sharers=max(1, len(waiting)),
     )
 

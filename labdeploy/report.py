@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from labdeploy.errors import LabdeployError
+from labdeploy.facts import machine as facts
 from labdeploy.plan import setting_changes
 
 if TYPE_CHECKING:
@@ -15,9 +16,11 @@ if TYPE_CHECKING:
 
     from labdeploy.check import Report
     from labdeploy.deploy import Outcome
+    from labdeploy.facts.machine import Machine
     from labdeploy.fleet import Files, History, HostState
     from labdeploy.generation import Generation
     from labdeploy.plan import HostPlan
+    from labdeploy.probe import Probed
     from labdeploy.runners.base import ServicePlan
 
 WIDTH = 79
@@ -33,6 +36,7 @@ def plan_text(plan: HostPlan) -> str:
         out.append(_device_line(f"gpu{i}", gpu.name, plan.planned_mib(f"gpu{i}"), plan.vram_usable_mib(i), gpu.vram))
     ram = plan.host.hardware.ram
     out.append(_device_line("ram", "", plan.planned_mib("host"), plan.ram_usable_mib, ram))
+    out += [_wrapped("warning:", text) for text in plan.warnings]
     for service in plan.services:
         out += _service_lines(service)
     return "\n".join(out) + "\n\n"
@@ -110,6 +114,76 @@ def _fold_all(texts: Iterable[str]) -> list[str]:
 
 def _fold(text: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+# --- probe ------------------------------------------------------------------------------------------------------
+
+
+def probe_json(probed: Probed | LabdeployError, warnings: Sequence[str]) -> dict[str, Any]:
+    """Give what a host said, as `probe --json` reports it: what the lock keeps of it, as it is now."""
+    if isinstance(probed, LabdeployError):
+        return {"reachable": False, "error": str(probed), "warnings": []}
+    entry, flags = facts.to_lock(probed.machine)
+    for build in entry["runners"].values():
+        build["flags"] = [word.removesuffix("=") for word in flags.get(build["flags"], "").split()]
+    models = {name: {"size_bytes": size, "read": name in probed.headers} for name, size in probed.sizes.items()}
+    return {"reachable": True, **entry, "models": models, "warnings": list(warnings)}
+
+
+def probe_text(answers: Mapping[str, Probed | LabdeployError], warnings: Mapping[str, Sequence[str]]) -> str:
+    """Say what hosts have, a paragraph for each."""
+    lines: list[str] = []
+    for host, probed in answers.items():
+        if isinstance(probed, LabdeployError):
+            lines.append(f"{host}: unreachable; the lock keeps what it has of it")
+            continue
+        machine = probed.machine
+        systemd = _of(machine.systemd, "", "systemd ")
+        lines += _fold(f"{host}: {', '.join(_known(machine.os, machine.kernel, machine.arch, systemd))}")
+        lines += [_fact(label, text) for label, text in _facts(machine)]
+        lines += [_fact("model", _model_fact(name, size, probed)) for name, size in probed.sizes.items()]
+        lines += [_wrapped("warning:", text) for text in warnings[host]]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _fact(label: str, text: str) -> str:
+    return textwrap.fill(f"{label:<6}{text}", WIDTH, initial_indent="  ", subsequent_indent=" " * 10)
+
+
+def _facts(machine: Machine) -> Iterator[tuple[str, str]]:
+    cpu, ram = machine.cpu, machine.ram
+    if cpu:
+        kinds = f" ({cpu.performance_cores} fast)" if cpu.performance_cores else ""
+        nodes = f", {cpu.numa_nodes} NUMA nodes" if cpu.numa_nodes > 1 else ""
+        quota = f", limited to the time of {cpu.quota:g}" if cpu.quota else ""
+        counts = f"{cpu.cores} cores{kinds}, {cpu.threads} threads{nodes}{quota}"
+        yield "cpu", f"{cpu.model or 'of an unknown kind'}: {counts}; {' '.join(cpu.features) or 'no known features'}"
+    if ram:
+        yield "ram", ", ".join(_known(f"{ram.total_mib} MiB", _of(ram.available_mib, "MiB available")))
+    for i, gpu in enumerate(machine.gpus):
+        memory = "shares main memory" if gpu.shares_ram else _of(gpu.vram_mib, "MiB") or "size unknown"
+        kind = _of(gpu.compute_capability, "", "compute capability ") or gpu.gfx
+        free = None if gpu.shares_ram else _of(gpu.free_mib, "MiB free")
+        yield f"gpu{i}", f"{gpu.name}: {', '.join(_known(memory, free, kind, _of(gpu.driver, '', 'driver ')))}"
+    if machine.disk_read_mib_per_s:
+        yield "disk", f"reads {machine.disk_read_mib_per_s} MiB/s"
+    for build in machine.runners.values():
+        flags = f", {len(build.flags)} flags" if build.flags else ""
+        yield "runs", f"{build.shown} at {build.path}{flags}"
+
+
+def _of(value: object, unit: str, head: str = "") -> str | None:
+    return None if value is None else f"{head}{value} {unit}".strip()
+
+
+def _known(*texts: str | None) -> list[str]:
+    return [text for text in texts if text]
+
+
+def _model_fact(name: str, size: int, probed: Probed) -> str:
+    entry = probed.headers.get(name)
+    news = "" if entry is None else "; read into the lock" if isinstance(entry, dict) else "; cannot be read"
+    return f"{name}: {size / 2**20:.1f} MiB{news}"
 
 
 # --- looking ------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ more lines that start with `error:`, then an empty line and a `hint:` with somet
 `push HOST...` and `rollback HOST...` do not ask. `push --all` and `rollback` without a host ask on a terminal; without
 a terminal they need `-y`. `--json` never implies `-y`.
 
-Not there yet: `labdeploy probe`, which will read hardware and runner builds from the hosts, and `inspect URL`.
+
 """
 
 INVENTORY_INTRO = """\
@@ -53,7 +53,7 @@ models:
 hosts:
   gpu1:
     address: 192.168.1.11
-    hardware:
+    hardware:                                 # may be left out: `labdeploy probe gpu1` asks the host
       cpu: {cores: 8, threads: 16}
       ram: 64GiB
       gpus: [{name: RTX 3090, vram: 24GiB, compute_capability: "8.6"}]
@@ -68,7 +68,7 @@ The service `chat` becomes the unit `labdeploy-chat.service` on `gpu1`. Settings
 
 | file | what it is |
 |---|---|
-| `inventory.lock.yaml` | what model files say. `labdeploy inspect FILE --add NAME` writes it. Commit it |
+| `inventory.lock.yaml` | what hosts and model files say; [`labdeploy probe`](probe.md) writes it. Commit it |
 | `templates/` | [templates of your own](templates.md), if you have any |
 
 Paths under `ssh:` and `local:` start at the folder of the inventory. All other paths are paths on the host.

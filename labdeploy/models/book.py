@@ -1,10 +1,11 @@
-"""The models of an inventory: each read once, from a local copy of its files, else from the lock."""
+"""What is known beside the inventory: models, each read once from a local copy or the lock, and what hosts said."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from labdeploy.errors import InventoryError
+from labdeploy.facts.machine import Machine, from_lock
 from labdeploy.models import gguf
 from labdeploy.models.model import ModelFacts
 from labdeploy.models.shape import ModelShape, model_shape
@@ -12,17 +13,19 @@ from labdeploy.models.shape import ModelShape, model_shape
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from labdeploy.inventory import Inventory
+    from labdeploy.facts.build import Build
+    from labdeploy.inventory import Host, Inventory
     from labdeploy.models.safetensors import Snapshot
 
 
 class ModelBook:
-    """The models of one inventory, each read at most once."""
+    """The models of one inventory, each read at most once; and its machines, as far as they were probed."""
 
     def __init__(self, inventory: Inventory, lock: Mapping[str, Any]) -> None:
         self._inventory = inventory
-        self._lock = lock.get("models", {})
+        self._lock = lock
         self._entries: dict[str, ModelShape | Snapshot] = {}
+        self._machines: dict[str, Machine | None] = {}
 
     def facts(self, name: str, models_dir: str) -> ModelFacts:
         """Give what is known of a model; InventoryError where nothing is."""
@@ -38,13 +41,25 @@ class ModelBook:
             snapshot=None if isinstance(known, ModelShape) else known,
         )
 
+    def machine(self, host: str) -> Machine | None:
+        """Give what a host said of itself; None where it was never probed."""
+        if host not in self._machines:
+            self._machines[host] = from_lock(self._lock, host)
+        return self._machines[host]
+
+    def build(self, host: Host, runner: str) -> Build | None:
+        """Give the build of a runner on a host; None where another program, or none, was probed."""
+        machine = self.machine(host.name)
+        build = machine.runners.get(runner) if machine else None
+        return build if build and build.path == host.runners.get(runner) else None
+
     def _load(self, name: str) -> ModelShape | Snapshot:
         from labdeploy.models import safetensors  # noqa: PLC0415
 
         local = self._inventory.models[name].local
         if local and (path := self._inventory.folder / local).exists():
             return safetensors.read_snapshot(path) if path.is_dir() else model_shape(gguf.read_header(path), str(path))
-        if entry := self._lock.get(name):
+        if entry := self._lock.get("models", {}).get(name):
             kind = entry.get("format") if isinstance(entry, dict) else None
             if kind == "safetensors":
                 return safetensors.from_lock(entry, f"models.{name}")

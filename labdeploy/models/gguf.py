@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 MIB = 1024 * 1024
+FIRST_WINDOW_BYTES = 2 * MIB  # all of the header of a later part, which may come over a network
 WINDOW_BYTES = 16 * MIB
 MAX_HEADER_BYTES = 128 * MIB
 MAX_KEPT_STRING_BYTES = 4096
@@ -347,7 +348,8 @@ class _PartReader:
             return at
         self._check_room(n)
         try:
-            self.window = self.reader.read(self.pos, min(max(n, WINDOW_BYTES), self.size - self.pos))
+            wanted = WINDOW_BYTES if self.window else FIRST_WINDOW_BYTES
+            self.window = self.reader.read(self.pos, min(max(n, wanted), self.size - self.pos))
         except OSError as error:
             raise ModelError(f"cannot be read: {error.strerror}", where=self.where) from error
         self.window_at = self.pos

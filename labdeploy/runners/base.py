@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from labdeploy.errors import InventoryError
+from labdeploy.schema import did_you_mean
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from labdeploy.facts.build import Build
     from labdeploy.hardware import Gpu
     from labdeploy.models.model import ModelFacts
     from labdeploy.models.shape import ModelShape
@@ -113,6 +118,37 @@ class Request:
     flags: tuple[str, ...]
     env: Mapping[str, str]
     api_key_file: str | None
+    build: Build | None = None
+    """The program that was probed at `binary`; None where none was."""
+
+
+def require_known_flags(request: Request, host: str) -> None:
+    """Refuse flags of the inventory that the probed build does not know: it would end at once when it starts."""
+    build = request.build
+    unknown = [flag for flag in _flag_words(request.flags, build.flags) if not _knows(build, flag)] if build else []
+    if build and unknown:
+        at = f"hosts.{host}.services.{request.name}.flags"
+        lines = [f"{at}: {flag} is no flag of {build.shown}{did_you_mean(flag, build.flags)}" for flag in unknown]
+        raise InventoryError("\n".join(lines), hint=f"labdeploy probe {host}  (if another build is there now)")
+
+
+def _flag_words(words: tuple[str, ...], known: Mapping[str, bool]) -> Iterator[str]:
+    """Give the words that are flags: not the values of those before them, and not negative numbers."""
+    is_value = False
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        flag = flag.replace("_", "-")
+        if not is_value and re.match(r"--?[A-Za-z]", flag):
+            yield flag
+        is_value = not is_value and not equals and known.get(flag, False)
+
+
+def _knows(build: Build, flag: str) -> bool:
+    """Tell whether a build knows a flag; argparse (vLLM) takes the start of one, and a key of a JSON value after it."""
+    if not build.flags or flag in build.flags:
+        return True
+    whole = flag.partition(".")[0]
+    return build.path.endswith("vllm") and any(known.startswith(whole) for known in build.flags)
 
 
 @dataclass(frozen=True)

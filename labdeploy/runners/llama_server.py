@@ -30,6 +30,7 @@ from labdeploy.runners.base import (
     gpu_sets,
     start_timeout_s,
 )
+from labdeploy.runners.llama_flags import spoken
 from labdeploy.runners.llama_memory import LlamaMemorySettings, memory
 from labdeploy.schema import Bool, Int, ListOf, Mib, Number, OneOf, Size, setting
 
@@ -152,7 +153,7 @@ class LlamaServer:
         taken = _memory(tuning, shape)
         tuning, taken = _with_prompt_cache(request.settings, tuning, taken, budget)
         settings = {**_that_matter(tuning, shape), **_thread_choices(request.settings, budget)}
-        argv = _argv(request, settings, tuning.gpus)
+        argv, lost = spoken(_argv(request, settings, tuning.gpus), request.build)
         return ServicePlan(
             name=request.name,
             unit=request.unit,
@@ -163,7 +164,7 @@ class LlamaServer:
             settings=settings,
             memory=taken,
             argv=argv,
-            proof=_proof(argv),
+            proof=_proof(argv) if "--fit" in argv else (),
             env={**device_env(tuning.gpus, host_has_gpus=bool(tuning.gpus)), **request.env},
             gpus=tuning.gpus,
             health=Health(
@@ -183,7 +184,7 @@ class LlamaServer:
             api_key_file=request.api_key_file,
             shortfall=(*_no_gpu(tuning), *_shortfall(taken, tuning.gpus, budget)),
             ways_to_fit=tuple(_ways_to_fit(tuning, shape, budget)),
-            warnings=tuple(_warnings(request, tuning, shape)),
+            warnings=(*_warnings(request, tuning, shape), *lost),
         )
 
 

@@ -1,4 +1,4 @@
-"""The program that runs on hosts is plain POSIX sh: it parses, it lints, and says no word that only bash knows."""
+"""The programs that run on hosts are plain POSIX sh: they parse, lint, and say no word that only bash knows."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ import labdeploy
 
 PROGRAM = Path(labdeploy.__file__).parent / "apply.sh"
 TEXT = PROGRAM.read_text()
-# Without comments, and without what stands between single quotes: sed, awk and printf have their own words.
-PROGRAMS = re.compile(r"(?ms)^[A-Z]+='\n.*?'$")  # for awk
-CODE = "\n".join(
-    re.sub(r"(^|\s)#.*$", "", re.sub(r"'[^']*'", "''", line)) for line in PROGRAMS.sub("", TEXT).splitlines()
-)
+PROGRAMS = [PROGRAM, PROGRAM.parent / "facts" / "facts.sh"]
+FOR_AWK = re.compile(r"(?ms)^[A-Z]+='\n.*?'$")
+
+
+def code(program: Path) -> str:
+    """Give a program without comments and what is in single quotes: sed, awk and printf have their own words."""
+    lines = FOR_AWK.sub("", program.read_text()).splitlines()
+    return "\n".join(re.sub(r"(^|\s)#.*$", "", re.sub(r"'[^']*'", "''", line)) for line in lines)
+
 
 BASHISMS = {
     r"(^|\s)\[\[\s": "[[ ]]",
@@ -42,34 +46,39 @@ BASHISMS = {
 }
 
 
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
 @pytest.mark.parametrize("shell", ["dash", "sh", "bash", "busybox"])
-def test_it_parses(shell: str):
+def test_it_parses(shell: str, program: Path):
     """With every shell that is here; which one a host has as /bin/sh nobody knows."""
     if not shutil.which(shell):
         pytest.skip(f"{shell} is not installed")
-    argv = [shell, *(["sh"] if shell == "busybox" else ["--posix"] if shell == "bash" else []), "-n", str(PROGRAM)]
+    argv = [shell, *(["sh"] if shell == "busybox" else ["--posix"] if shell == "bash" else []), "-n", str(program)]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
-def test_shellcheck_has_nothing_to_say():
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
+def test_shellcheck_has_nothing_to_say(program: Path):
     """What is switched off is said, with the reason, at the top of the program."""
-    done = subprocess.run(["shellcheck", "-s", "sh", str(PROGRAM)], capture_output=True, text=True, check=False)
+    done = subprocess.run(["shellcheck", "-s", "sh", str(program)], capture_output=True, text=True, check=False)
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
 @pytest.mark.parametrize("pattern", BASHISMS)
-def test_it_has_no_bashism(pattern: str):
+def test_it_has_no_bashism(pattern: str, program: Path):
     """They parse in dash too, often, and mean something else there."""
-    found = [line.strip() for line in CODE.splitlines() if re.search(pattern, line)]
+    found = [line.strip() for line in code(program).splitlines() if re.search(pattern, line)]
     assert found == [], BASHISMS[pattern]
 
 
-def test_it_ends_by_running_its_arguments():
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
+def test_it_ends_by_running_its_arguments(program: Path):
     """It is read from standard input and called with a verb; what follows the last line is the payload."""
-    assert TEXT.endswith('\n"$@"\n')
-    assert TEXT.isascii()
+    text = program.read_text()
+    assert text.endswith('\n"$@"\n')
+    assert text.isascii()
 
 
 @pytest.mark.skipif(not shutil.which("dash"), reason="dash is not installed")

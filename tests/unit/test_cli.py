@@ -64,7 +64,7 @@ def test_help_reads_no_inventory(lab: Lab, monkeypatch: pytest.MonkeyPatch, path
 
 def test_every_command_of_the_contract_is_there():
     """Acceptance checks call them by these names."""
-    names = "render plan push rollback history diff status check logs inspect sandbox demo"
+    names = "render plan push rollback history diff status check logs probe inspect sandbox demo"
     assert set(names.split()) <= {path[0] for path in COMMANDS}
     assert {"up", "down", "ls"} == {path[1] for path in COMMANDS if len(path) == 2 and path[0] == "sandbox"}
 
@@ -155,6 +155,7 @@ def test_plan_json_has_what_the_contract_names(ready: Lab):
         (["logs", "h", "b"], 2, "h has no service 'b'"),
         (["logs", "x", "a"], 2, "no host is named 'x'"),
         (["inspect", "/nowhere.gguf"], 2, "error: "),
+        (["probe", "x"], 2, "no host or group is named 'x'"),
         (["sandbox", "down"], 2, "error: name the hosts to take down, or write --all"),
         (["sandbox", "up", "--suite", "potato"], 2, "error: Invalid value for '--suite'"),
     ],

@@ -168,7 +168,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], Any]] = {
     "unknown key": (("hosts", "gpu1", "adress"), "192.168.1.11"),
     "size without a unit": (("hosts", "gpu1", "hardware", "ram"), 64),
     "hardware is no mapping": (("hosts", "gpu1", "hardware"), ["RTX 3090"]),
-    "host without hardware": (("hosts", "gpu1"), {"address": "192.168.1.11"}),
+    "GPU without memory": (("hosts", "gpu1", "hardware", "gpus"), [{"name": "RTX 3090"}]),
     "blank in a name": (("hosts", "gpu 1"), {"hardware": {"cpu": {"cores": 8}, "ram": "64GiB"}}),
     "unknown runner": (("hosts", "gpu1", "services", "chat", "runner"), "llama"),
     "port out of range": (("hosts", "gpu1", "services", "chat", "port"), 80800),

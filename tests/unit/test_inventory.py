@@ -192,7 +192,7 @@ def test_a_shared_problem_is_told_with_its_line(lab: Lab):
     assert problems[1].startswith("1: hosts.a.hardware.gpus[0].vram: 24 has no unit")
 
 
-@pytest.mark.parametrize("text", ["[]", "hosts", "hosts: []", "hosts: {a: null}", "hosts: {a: }", "{}", "hosts: null"])
+@pytest.mark.parametrize("text", ["[]", "hosts", "hosts: []", "hosts: {a: 3}", "hosts: {a: []}", "{}", "hosts: null"])
 def test_an_inventory_of_the_wrong_form(lab: Lab, text: str):
     """It is told as a problem, with a line."""
     assert lab.problems(text)[0].startswith("1: ")
