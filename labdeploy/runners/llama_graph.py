@@ -27,7 +27,7 @@ I32, I64 = 4, 8
 ROTATION_WIDTH = 64  # least width of the rotation of a quantised cache (llama-kv-cache.cpp)
 # Copies of the inputs when several GPUs work in a pipeline (GGML_SCHED_MAX_COPIES, ggml-backend.cpp).
 PIPELINE_COPIES = 4
-# A run of equal layers takes what its first ones take: of a sequence of this many that was there before, none is built.
+# A run of equal layers takes what its first ones take: a sequence of so many that was there before is not built again.
 SEQUENCE = 8
 
 # Which adds the block to the residual stream, and not the other way round (src/models/*.cpp).
@@ -48,8 +48,9 @@ def compute_bytes(shape: ModelShape, settings: LlamaMemorySettings, places: Plac
 
 def _laid_out(shape: ModelShape, settings: LlamaMemorySettings, places: Places, *, reorders: bool) -> tuple[int, ...]:
     graph = _Graph(shape, settings, places)
-    graph.build(_telling_layers(shape, places))
     in_pipeline = settings.n_gpus > 1 and places.all_on_gpu
+    every_copy_stays = in_pipeline and shape.is_mla
+    graph.build(shape.trunk if every_copy_stays else _telling_layers(shape, places))
     devices = Devices(settings.n_gpus, reorders=reorders, n_copies=PIPELINE_COPIES if in_pipeline else 1)
     return buffer_bytes(graph.inputs, graph.nodes, devices)
 
@@ -275,7 +276,7 @@ class _Graph:
             return q, self.view(fused), k, None
         whole = self.linear(layer, "attn_q", x, layer.rows("attn_q") or n_q)
         q = self._roped(layer, "attn_q_norm", whole, n_q)
-        if not layer.n_k:  # reads the cache of an earlier layer
+        if not layer.n_k and self.masks:  # reads the cache of an earlier layer
             return q, q, q, None
         has_v = layer.tensor("attn_v") is not None
         if not self.shape.has_swa:  # V is listed before K, of sliding models behind it
@@ -381,6 +382,8 @@ class _Graph:
         if self.settings.flash_attn:
             y = self._scores(layer, q, self.view(keys), self.view(keys), layer.n_head * latent)
             y = self.each("MUL_MAT", width, self.weight(layer, "attn_v_b"), y, views=1)
+            if self.settings.gpu_api == "vulkan" and n_stream(self.settings) > 1:
+                y.device = self.settings.n_gpus  # Vulkan does not multiply with so many dimensions
             return self.each("CONT", width, y, views=1)
         cells = n_cells(layer, self.settings, self.shape.n_swa)
         scores = self.each("MUL_MAT", layer.n_head * cells, keys, q, views=5)

@@ -92,11 +92,7 @@ CPU_ONLY = ("deepseek-v3",)
 def settings_for(model: str, shape: ModelShape) -> Iterator[LlamaMemorySettings]:
     """Yield every setting that a model is measured with."""
     yield from ON_CPU if not shape.is_mla else (each for each in ON_CPU if each.cache_type_v != "q4_0")
-    if model in CPU_ONLY:
-        return
-    for settings in _on_gpus(shape):
-        one_cache = shape.is_mla and settings.parallel > 1
-        yield replace(settings, kv_unified=True) if one_cache else settings
+    yield from () if model in CPU_ONLY else _on_gpus(shape)
 
 
 def _on_gpus(shape: ModelShape) -> Iterator[LlamaMemorySettings]:

@@ -74,8 +74,8 @@ MiB as said / as planned, the GPU first where there is one.
   fit at all, so it is measured on the CPU alone. For CUDA the same code was laid beside 818 settings measured on an
   H100 with llama.cpp 0.5.0-dev: 801 are within the same bar for compute, 650 exact; all others are within 62 MiB
   ([test](../tests/unit/test_llama_memory_cuda.py)).
-- Several requests at once with latent attention (DeepSeek) and split caches on Vulkan: there the device cannot run the
-  attention, and llama.cpp moves it to the CPU. It is measured with one cache for all requests.
+- Other architectures that llama.cpp serves. Those that are built of the same parts are planned by the same code, which
+  has been tried on random settings of other models, but they are not in this table.
 - What stands in no table of llama.cpp: the driver's context on a GPU, the process itself. See
   [planning.md](planning.md#memory).
 - An architecture that labdeploy does not know. It is planned by what its tensors tell, with a warning, and half as much

@@ -32,6 +32,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import gguf_maker as maker
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from labdeploy.models.gguf import Value
 
 DATA = Path(__file__).parents[1] / "data"
@@ -415,3 +417,38 @@ def test_tied_embeddings_are_repacked_into_a_copy():
     host = memory(shape, LlamaMemorySettings(4096)).host
     assert is_exact(host.model_mib, 141)
     assert host.repack_mib == pytest.approx(662.9, abs=0.1)
+
+
+def encoder() -> maker.Model:
+    """Build a small encoder: attention without a cache, no gate."""
+    model, heads = maker.Model("bert", 768, 30522, 2), maker.Heads(12, 12, 64)
+    maker.attention_keys(model, heads, 3072)
+    model.ends()
+    for il in range(2):
+        maker.attention(model, il, heads)
+        model.matrix("ffn_up", 768, 3072, il=il)
+        model.matrix("ffn_down", 3072, 768, il=il)
+    return model
+
+
+def rwkv() -> maker.Model:
+    """Build a mixer whose graph is not built in detail."""
+    model = maker.Model("rwkv7", 2048, 65536, 2)
+    model.key(attention__head_count=0, feed_forward_length=7168, wkv__head_size=64)
+    model.ends()
+    for il in range(2):
+        model.vector("attn_norm", 2048, il=il)
+        model.matrix("time_mix_key", 2048, 2048, il=il)
+        model.matrix("channel_mix_key", 2048, 7168, il=il)
+    return model
+
+
+@pytest.mark.parametrize(("build", "widest"), [(encoder, 3072), (rwkv, 2048 + 7168)])
+@pytest.mark.parametrize("n_gpus", [0, 1, 2])
+def test_what_is_not_built_in_detail_is_planned_all_the_same(
+    build: Callable[[], maker.Model], widest: int, n_gpus: int
+):
+    """An encoder, and a mixer of another kind: at least its products are in the buffer of a device that computes it."""
+    shape = model_shape(build().header())
+    planned = memory(shape, LlamaMemorySettings(4096, n_gpus=n_gpus, gpu_layers=99))
+    assert max(part.compute_mib for part in planned.gpus or (planned.host,)) >= widest * 512 * 4 / 2**20
