@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup system demo test unit fleet faults lint docs clean
+.PHONY: setup system demo test unit fleet faults lint docs bench-planner clean
 
 setup: $(VENV)/.done
 
@@ -37,6 +37,10 @@ fleet: setup system
 faults: setup system
 	LABDEPLOY_FAULTS=all $(BIN)/python -m pytest tests/fleet/test_faults.py tests/fleet/test_power.py \
 		tests/fleet/test_many_pushes.py -n $(or $(WORKERS),4)
+
+# Lays the memory planner beside the real llama-server; ten minutes. Writes docs/planner-accuracy.md.
+bench-planner: setup system
+	$(BIN)/python tests/bench/planner.py
 
 # The generated pages: CLI and inventory reference, JSON Schema. A test compares them.
 docs: setup

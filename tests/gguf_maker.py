@@ -228,6 +228,37 @@ def vocabulary(n_vocab: int) -> dict[str, object]:
     }
 
 
+def with_vocabulary(model: Model, n_vocab: int) -> Model:
+    """Return the same model with another vocabulary."""
+    tensors = [
+        (name, (shape[0], n_vocab) if name in ("token_embd.weight", "output.weight") else shape, kind)
+        for name, shape, kind in model.tensors
+    ]
+    return replace(model, n_vocab=n_vocab, tensors=tensors)
+
+
+def n_expert(model: Model) -> int:
+    """Return how many experts a layer of it has."""
+    return int(str(model.keys.get(f"{model.arch}.expert_count", 0)))
+
+
+def with_experts(model: Model, n: int) -> Model:
+    """Return the same model with so many experts in a layer."""
+    before = n_expert(model)
+
+    def cut(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        counts = "exp" in name.replace("shexp", "") or "ffn_gate_inp." in name
+        return (*shape[:-1], n) if counts and shape[-1] == before else shape
+
+    tensors = [(name, cut(name, shape), kind) for name, shape, kind in model.tensors]
+    return replace(model, tensors=tensors, keys=model.keys | {f"{model.arch}.expert_count": n})
+
+
+def largest_experts_bytes(model: Model) -> int:
+    """Bytes of the largest stack of experts."""
+    return max((tensor_bytes(shape, kind) for name, shape, kind in model.tensors if "_exps." in name), default=0)
+
+
 # -- layers ------------------------------------------------------------------------------------------------------
 
 
@@ -639,6 +670,7 @@ LLAMA_1B = Dense("llama", 2048, 128256, 16, Heads(32, 8, 64), 8192, tied=True)
 LLAMA_3B = Dense("llama", 3072, 128256, 28, Heads(24, 8, 128), 8192, tied=True)
 LLAMA_8B = Dense("llama", 4096, 128256, 32, Heads(32, 8, 128), 14336)
 LLAMA_70B = Dense("llama", 8192, 128256, 80, Heads(64, 8, 128), 28672)
+MINISTRAL_3_8B = Dense("mistral3", 4096, 131072, 34, Heads(32, 8, 128), 14336)
 MISTRAL_7B = Dense("llama", 4096, 32768, 32, Heads(32, 8, 128), 14336)
 QWEN25_7B = Dense("qwen2", 3584, 152064, 28, Heads(28, 4, 128), 18944, bias=True)
 QWEN3_06B = Dense("qwen3", 1024, 151936, 28, Heads(16, 8, 128), 3072, tied=True, qk_norm=True)
@@ -658,6 +690,7 @@ MODELS: dict[str, Callable[[], Model]] = {
     "llama-3.2-3b": lambda: dense(LLAMA_3B),
     "llama-3.1-8b": lambda: dense(LLAMA_8B),
     "llama-3-70b": lambda: dense(LLAMA_70B),
+    "ministral-3-8b": lambda: dense(MINISTRAL_3_8B),
     "mistral-7b": lambda: dense(MISTRAL_7B),
     "qwen2.5-7b": lambda: dense(QWEN25_7B),
     "qwen3-0.6b": lambda: dense(QWEN3_06B, Q8_0),

@@ -115,6 +115,11 @@ _PLAIN = """
 """
 PLAIN_ARCHS = frozenset(_PLAIN.split())
 
+# Positions are learnt, or in a bias, or left to the mixers (src/models/*.cpp).
+WITHOUT_ROPE = frozenset(
+    ("bloom", "gpt2", "jais", "jamba", "mpt", "nemotron_h", "nemotron_h_moe", "refact", "starcoder")
+)
+
 # llama.cpp include/llama.h, enum llama_ftype
 FILE_TYPES: Mapping[int, str] = {
     0: "F32",
@@ -185,7 +190,7 @@ def total_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.n_bytes for tensor in tensors)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerShape:
     """One layer: what it holds, and what it keeps for each token or sequence.
 
@@ -241,7 +246,38 @@ class LayerShape:
 
     def tensor(self, part: str, suffix: str = "weight") -> Tensor | None:
         """Return `blk.N.PART.SUFFIX`, or None where the layer has none."""
-        return self._by_name.get(f"blk.{self.index}.{part}.{suffix}")
+        return self._by_name.get(f"blk.{self.index}.{part}.{suffix}" if suffix else f"blk.{self.index}.{part}")
+
+    @cached_property
+    def kind(self) -> tuple[object, ...]:
+        """What its graph depends on: two layers of one kind take the same room."""
+        prefix = f"blk.{self.index}."
+        parts = tuple((tensor.name.removeprefix(prefix), tensor.shape) for tensor in self.tensors)
+        caches = (self.n_head, self.n_head_kv, self.head_k, self.head_v, self.n_k, self.n_v, self.n_r, self.n_s)
+        return (parts, caches, self.n_ff, self.n_expert_used, self.is_swa)
+
+    @cached_property
+    def has_feed_forward(self) -> bool:
+        """It has a feed-forward network, dense or of experts."""
+        return any(tensor.name.startswith(f"blk.{self.index}.ffn_down") for tensor in self.tensors)
+
+    @cached_property
+    def feed_forward_norm(self) -> str:
+        """The norm before the feed-forward network: some architectures call it post_attention_norm."""
+        if self.tensor("ffn_norm") or self.tensor("ffn_norm", ""):
+            return "ffn_norm"
+        return "post_attention_norm" if self.tensor("post_attention_norm") and not self.has_post_norm else ""
+
+    @cached_property
+    def has_post_norm(self) -> bool:
+        """Attention is normalised before it is added to the residual stream."""
+        another = self.tensor("ffn_norm") or self.tensor("post_ffw_norm")
+        return bool(self.tensor("post_attention_norm") and another)
+
+    def columns(self, part: str) -> int:
+        """Columns of the matrix `blk.N.PART.weight`: the width of what it takes in; 0 where there is none."""
+        tensor = self.tensor(part)
+        return tensor.shape[0] if tensor else 0
 
     def rows(self, part: str) -> int:
         """Rows of the matrix `blk.N.PART.weight`: the width of what it puts out; 0 where there is none."""
@@ -249,9 +285,9 @@ class LayerShape:
         return tensor.shape[1] if tensor and tensor.shape[1:] else 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelShape:
-    """All that a planner needs to know of a model."""
+    """All that a planner needs to know of a model. One shape equals itself alone, so that results can be kept by it."""
 
     arch: str
     name: str
@@ -271,42 +307,53 @@ class ModelShape:
     n_swa: int
     n_lora_kv: int
     head_k_mla: int
+    head_v_mla: int
     tied_embeddings: bool
     layers: tuple[LayerShape, ...]
     input_tensors: tuple[Tensor, ...]
     output_tensors: tuple[Tensor, ...]
 
-    @property
+    @cached_property
     def input_bytes(self) -> int:
         """Bytes of the input layer: the token embeddings, always on the CPU."""
         return total_bytes(self.input_tensors)
 
-    @property
+    @cached_property
     def output_bytes(self) -> int:
         """Bytes of the output layer where it is offloaded: tied embeddings are there a second time."""
         return total_bytes(self.output_tensors) + (self.tied_bytes if self.tied_embeddings else 0)
 
-    @property
+    @cached_property
     def tied_bytes(self) -> int:
         """Bytes of the token embeddings."""
         return total_bytes(tensor for tensor in self.input_tensors if tensor.name == "token_embd.weight")
 
-    @property
+    @cached_property
     def trunk(self) -> tuple[LayerShape, ...]:
         """The layers that run for every token: all but those that only draft."""
         return self.layers[: self.n_layer]
+
+    def cache_layer(self, layer: LayerShape) -> LayerShape:
+        """Return the layer whose cache a layer reads: its own, or that of the last one of its kind that has one."""
+        kept = (each for each in reversed(self.trunk) if each.has_kv and each.is_swa == layer.is_swa)
+        return layer if layer.has_kv else next(kept, layer)
+
+    @property
+    def has_rope(self) -> bool:
+        """Queries and keys are rotated by their position."""
+        return self.arch not in WITHOUT_ROPE
 
     @property
     def is_mla(self) -> bool:
         """Attention keeps one compressed K of each token and no V (multi-head latent attention)."""
         return self.head_k_mla > 0
 
-    @property
+    @cached_property
     def has_swa(self) -> bool:
         """Some layers see only a window."""
         return any(layer.is_swa for layer in self.trunk)
 
-    @property
+    @cached_property
     def is_recurrent(self) -> bool:
         """Some layers keep a state of fixed size."""
         return any(layer.is_recurrent for layer in self.trunk)
@@ -340,6 +387,7 @@ def model_shape(header: GgufHeader, where: str = "model") -> ModelShape:
         n_swa=keys.n_swa(rule) if any(layer.is_swa for layer in layers) else 0,
         n_lora_kv=keys.optional("attention.kv_lora_rank", 0),
         head_k_mla=keys.optional("attention.key_length_mla", 0) if keys.is_mla() else 0,
+        head_v_mla=keys.optional("attention.value_length_mla", 0) if keys.is_mla() else 0,
         tied_embeddings=not any(tensor.name == "output.weight" for tensor in outer),
         layers=layers,
         input_tensors=tuple(tensor for tensor in outer if weight_class(tensor.name) == "input"),

@@ -352,6 +352,7 @@ def _memory_settings(tuning: _Tuning) -> LlamaMemorySettings:
         cache_type_v=tuning.value("cache_type_v"),
         flash_attn=tuning.value("flash_attn") == "on",
         n_gpus=len(tuning.gpus),
+        gpu_api=tuning.gpus[0].gpu.api if tuning.gpus else "cuda",
         tensor_split=tuple(float(share) for share in tuning.value("tensor_split")),
         repack=tuning.repack,
         cpu_flags=tuning.cpu_flags,

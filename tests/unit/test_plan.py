@@ -347,7 +347,7 @@ def test_a_model_larger_than_ram_is_split_where_the_gpu_holds_the_rest(lab: Lab)
     for ram in ("20.5GiB", "22GiB", "24GiB", "32GiB"):
         plan = lab.plan(gpu("24GiB", ram=ram), a="runner: llama-server, model: llama3-70b, port: 1")
         assert plan.fits, ram
-        assert value(plan, "gpu_layers") == 44
+        assert value(plan, "gpu_layers") == 45
 
 
 # --- which runner -------------------------------------------------------------------------------------------------
