@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from labdeploy.errors import InventoryError
 from labdeploy.hardware import Cpu, Hardware, Reserve
 from labdeploy.runners import RUNNERS
+from labdeploy.runners.base import Prefer  # noqa: TC001 (a dataclass field's type)
 from labdeploy.schema import (
     AbsolutePath,
     EnvName,
@@ -98,6 +99,11 @@ class ServiceKeys:
     runner: str = setting(OneOf((*RUNNERS, "auto")), "which program serves; auto decides by purpose", default="auto")
     purpose: Purpose = setting(
         OneOf(("experiment", "service", "throughput")), "what it is for, where runner is auto", default="service"
+    )
+    prefer: Prefer | None = setting(
+        OneOf(("speed", "context")),
+        "what to keep where not everything fits: layers on the GPU, or a long context; default: speed",
+        default=None,
     )
     bind: str = setting(IpAddress(), "address to listen on", default="127.0.0.1")
     unit: str | None = setting(UnitName, "name of its systemd unit; default: labdeploy-NAME.service", default=None)

@@ -140,6 +140,7 @@ def _request(host: Host, service: Service, book: ModelBook) -> Request:
         flags=service.flags,
         env=service.env,
         api_key_file=service.api_key_file,
+        prefer=service.prefer,
     )
 
 

@@ -276,12 +276,16 @@ class ModelShape:
     input_tensors: tuple[Tensor, ...]
     output_tensors: tuple[Tensor, ...]
 
+    def __hash__(self) -> int:
+        """By identity: a shape is made once and asked about often, and has hundreds of tensors to hash."""
+        return id(self)
+
     @property
     def input_bytes(self) -> int:
         """Bytes of the input layer: the token embeddings, always on the CPU."""
         return total_bytes(self.input_tensors)
 
-    @property
+    @cached_property
     def output_bytes(self) -> int:
         """Bytes of the output layer where it is offloaded: tied embeddings are there a second time."""
         return total_bytes(self.output_tensors) + (self.tied_bytes if self.tied_embeddings else 0)
@@ -291,7 +295,7 @@ class ModelShape:
         """Bytes of the token embeddings."""
         return total_bytes(tensor for tensor in self.input_tensors if tensor.name == "token_embd.weight")
 
-    @property
+    @cached_property
     def trunk(self) -> tuple[LayerShape, ...]:
         """The layers that run for every token: all but those that only draft."""
         return self.layers[: self.n_layer]
@@ -301,12 +305,12 @@ class ModelShape:
         """Attention keeps one compressed K of each token and no V (multi-head latent attention)."""
         return self.head_k_mla > 0
 
-    @property
+    @cached_property
     def has_swa(self) -> bool:
         """Some layers see only a window."""
         return any(layer.is_swa for layer in self.trunk)
 
-    @property
+    @cached_property
     def is_recurrent(self) -> bool:
         """Some layers keep a state of fixed size."""
         return any(layer.is_recurrent for layer in self.trunk)

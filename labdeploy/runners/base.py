@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from labdeploy.hardware import Gpu
     from labdeploy.models.model import ModelFacts
     from labdeploy.models.shape import ModelShape
+
+Prefer = Literal["speed", "context"]
+MOST_GPUS_TO_COMBINE = 6  # 63 sets; a host with more is one of equal cards
 
 
 def shown(value: Any) -> str:  # noqa: ANN401
@@ -113,6 +117,8 @@ class Request:
     flags: tuple[str, ...]
     env: Mapping[str, str]
     api_key_file: str | None
+    prefer: Prefer | None = None
+    """What to give up last where not everything fits; None where the inventory does not say."""
 
 
 @dataclass(frozen=True)
@@ -180,10 +186,30 @@ def as_asked(value: Any) -> Choice | None:  # noqa: ANN401
     return None if value is None else Choice(value, "as the inventory says")
 
 
+def prefer_choice(prefer: Prefer | None) -> Choice:
+    """Say what a service gives up last."""
+    return as_asked(prefer) or Choice("speed", "layers on the GPU first, then context; context gives up layers for it")
+
+
+def too_much(device: str, need_mib: float, free_mib: float) -> Iterator[str]:
+    """Say by how much a device is too small, where it is."""
+    if need_mib > free_mib:
+        over = need_mib - free_mib
+        yield f"{device} needs {need_mib:.0f} MiB, {free_mib:.0f} MiB are free: {over:.0f} MiB too much"
+
+
 def gpu_sets(allowed: tuple[GpuBudget, ...]) -> list[tuple[GpuBudget, ...]]:
-    """List the sets of GPUs to try for one service, in order: each alone, the emptiest first, then all together."""
-    alone: list[tuple[GpuBudget, ...]] = [(gpu,) for gpu in sorted(allowed, key=lambda gpu: (-gpu.free_mib, gpu.index))]
-    return alone if len(allowed) <= 1 else [*alone, allowed]
+    """List the sets of GPUs to try for one service: small sets first, of one size the emptiest first, all GPUs last.
+
+    Every subset of up to six GPUs; of more only the emptiest ones, each set in the order of the host.
+    """
+    emptiest = sorted(allowed, key=lambda gpu: (-gpu.free_mib, gpu.index))
+    if len(allowed) <= MOST_GPUS_TO_COMBINE:
+        sets = [chosen for n in range(1, len(allowed) + 1) for chosen in itertools.combinations(emptiest, n)]
+    else:
+        sets = [(gpu,) for gpu in emptiest] + [tuple(emptiest[:n]) for n in range(2, len(allowed) + 1)]
+    sets.sort(key=lambda gpus: (len(gpus), -sum(gpu.free_mib for gpu in gpus)))
+    return [tuple(sorted(gpus, key=lambda gpu: gpu.index)) for gpus in sets]
 
 
 def checkpoints(shape: ModelShape) -> Choice:
