@@ -159,7 +159,7 @@ def render_host(plan: HostPlan, environment: Environment) -> dict[str, bytes]:
     for service in plan.services:
         files[f"systemd/{service.unit}"] = _unit(service, environment).encode()
         files[f"services/{service.name}"] = _service_facts(service).encode()
-    files["units"] = "".join(f"{service.unit} {service.name}\n" for service in plan.services).encode()
+    files["units"] = "".join(f"{service.unit} {service.name}\n" for service in plan.start_order).encode()
     files["plan.json"] = (json.dumps(planning.to_json(plan), indent=1) + "\n").encode()
     return files
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
-from labdeploy.errors import InventoryError
+from labdeploy.errors import InventoryError, LabdeployError
 from labdeploy.models import gguf
 from labdeploy.models.model import ModelFacts
 from labdeploy.models.shape import ModelShape, model_shape
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from labdeploy.inventory import Inventory
     from labdeploy.models.safetensors import Snapshot
@@ -37,6 +38,12 @@ class ModelBook:
             shape=known if isinstance(known, ModelShape) else None,
             snapshot=None if isinstance(known, ModelShape) else known,
         )
+
+    def known(self, models_dir: str) -> Iterator[ModelFacts]:
+        """Give every model of the inventory whose shape is known."""
+        for name in self._inventory.models:
+            with contextlib.suppress(LabdeployError):
+                yield self.facts(name, models_dir)
 
     def _load(self, name: str) -> ModelShape | Snapshot:
         from labdeploy.models import safetensors  # noqa: PLC0415

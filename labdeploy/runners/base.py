@@ -161,6 +161,8 @@ class ServicePlan:
     """Why it does not fit, each with the numbers; empty when it fits."""
     ways_to_fit: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    cpu_layers: bool = False
+    """Whether layers or experts of it are computed on the CPU though it has GPUs."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Anything more the runner's template says."""
 
@@ -169,6 +171,11 @@ class ServicePlan:
         """Where the host itself reaches it."""
         address = reachable(self.bind)
         return f"http://{f'[{address}]' if ':' in address else address}:{self.port}"
+
+    @property
+    def computes_on_cpu(self) -> bool:
+        """Whether the CPU works on every token, so that more threads make it faster."""
+        return self.cpu_layers or not self.gpus
 
     @property
     def memory_max_mib(self) -> int:
@@ -246,6 +253,10 @@ class Runner(Protocol):
     @property
     def sizes_itself(self) -> bool:
         """Whether it takes what is left of a GPU (vLLM), so that it is planned after the others."""
+
+    @property
+    def measures_gpu(self) -> bool:
+        """Whether it looks at what is free on a GPU when it starts or loads, so that it must start after the others."""
 
     def plan(self, request: Request, budget: Budget) -> ServicePlan:
         """Choose the settings of a service within a budget, and say what it will take."""

@@ -131,6 +131,11 @@ class _Tuning:
     def value(self, key: str) -> Any:  # noqa: ANN401
         return self.choices[key].value
 
+    def all_on_gpu(self, shape: ModelShape) -> bool:
+        """Say whether the CPU has nothing to do but look up the token."""
+        settings = self.layout.settings
+        return settings.gpu_layers > shape.n_layer_all and not settings.n_cpu_moe
+
 
 class LlamaServer:
     """The runner `llama-server`."""
@@ -139,6 +144,7 @@ class LlamaServer:
     settings = LlamaServerSettings
     default_binary = "/usr/bin/llama-server"
     owned_flags = OWNED_FLAGS
+    measures_gpu = False
     sizes_itself = False
 
     def plan(self, request: Request, budget: Budget) -> ServicePlan:
@@ -172,6 +178,7 @@ class LlamaServer:
             shortfall=tuning.shortfall,
             ways_to_fit=tuple(_ways_to_fit(request.settings, prefer, shape, budget)) if tuning.shortfall else (),
             warnings=tuple(_warnings(request, tuning, shape)),
+            cpu_layers=not tuning.all_on_gpu(shape),
         )
 
 

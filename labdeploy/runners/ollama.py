@@ -137,6 +137,7 @@ class Ollama:
     settings = OllamaSettings
     default_binary = "/usr/local/bin/ollama"
     owned_flags: Mapping[str, str] = {}
+    measures_gpu = True
     sizes_itself = False
 
     def plan(self, request: Request, budget: Budget) -> ServicePlan:
@@ -164,6 +165,7 @@ class Ollama:
             shortfall=tuple(_shortfall(tuning)),
             ways_to_fit=tuple(_ways_to_fit(tuning)),
             warnings=tuple(_warnings(request, tuning)),
+            cpu_layers=tuning.gpu_layers <= tuning.shape.n_layer_all,
             facts={"store": request.settings.models or ""},
         )
 
@@ -397,10 +399,14 @@ def _ways_to_fit(tuning: _Tuning) -> Iterator[str]:
         yield "cache_ram: 0MiB"
     if tuning.value("kv_cache_type") == "f16" and _fits(tuning.but(kv_cache_type=Choice("q8_0", ""))):
         yield "kv_cache_type: q8_0"
-    shorter = [n for n in (65_536, 32_768, 16_384, 8192, 4096, 2048) if n < tuning.value("context_length")]
-    fitting = (n for n in shorter if _fits(tuning.but(context_length=Choice(n, ""))))
-    if n := next(fitting, None):
-        yield f"context_length: {n}"
+    shorter = [*range(tuning.value("context_length") // 1024 * 1024, 1023, -1024), 512]
+    shorter = [n for n in shorter if n < tuning.value("context_length")]
+    found = bisect.bisect_left(shorter, x=True, key=lambda n: _fits(tuning.but(context_length=Choice(n, ""))))
+    if found < len(shorter):
+        yield f"context_length: {shorter[found]}"
+    fewer = (n for n in (8, 4, 2, 1) if n < tuning.value("num_parallel"))
+    if n := next((n for n in fewer if _fits(tuning.but(num_parallel=Choice(n, "")))), None):
+        yield f"num_parallel: {n}"
 
 
 def _warnings(request: Request, tuning: _Tuning) -> Iterator[str]:
