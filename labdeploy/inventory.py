@@ -45,7 +45,7 @@ from labdeploy.schema import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     import yaml
 
@@ -281,10 +281,13 @@ def find(given: Path | None) -> Path:
     )
 
 
-def load(path: Path) -> Inventory:
-    """Read and check an inventory; InventoryProblemsError lists everything that is wrong with it at once."""
+def load(path: Path, edit: Callable[[yaml.Node], yaml.Node] | None = None) -> Inventory:
+    """Read and check an inventory; InventoryProblemsError lists everything that is wrong with it at once.
+
+    `edit` changes the parsed file before it is read, for questions of the kind "what if".
+    """
     place = Place(path.name, "")
-    root = compose(path)
+    root = edit(compose(path)) if edit else compose(path)
     keys = read_record(InventoryKeys, root, place)
     if keys is not None:
         _check_across(keys, root, place)

@@ -393,6 +393,17 @@ def _memory_json(device: str, part: Any) -> dict[str, float]:  # noqa: ANN401
     return {key: round(getattr(part, key), 2) for key in keys}
 
 
+def changes(before: HostPlan, after: HostPlan) -> dict[str, Any]:
+    """Compare two plans of a host: settings by service, and planned memory by device, in MiB, before and after."""
+    old, new = to_json(before), to_json(after)
+    devices = {device["id"]: device["planned_mib"] for device in new["devices"]} | {"ram": new["ram"]["planned_mib"]}
+    was = {device["id"]: device["planned_mib"] for device in old["devices"]} | {"ram": old["ram"]["planned_mib"]}
+    return {
+        "services": setting_changes(old, new),
+        "planned_mib": {name: [was.get(name, 0), mib] for name, mib in devices.items() if mib != was.get(name, 0)},
+    }
+
+
 def setting_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, list[str]]:
     """Name per service the settings that differ between two plans: `ctx_size 8192 -> 32768`."""
     changes: dict[str, list[str]] = {}
