@@ -7,6 +7,7 @@ import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from labdeploy.errors import FitError, InventoryError
 from labdeploy.runners import RUNNERS
@@ -14,7 +15,7 @@ from labdeploy.runners.base import Budget, GpuBudget, Request, ServicePlan
 from labdeploy.schema import read_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Hashable, Iterable, Iterator, Mapping
 
     from labdeploy.hardware import Gpu
     from labdeploy.inventory import Host, Service
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from labdeploy.models.model import ModelFacts
 
 
-MOST_TO_PERMUTE = 4  # services of a host whose orders are all tried: 24
+MOST_TO_PERMUTE = 3  # services of a host whose orders are all tried: 6
 MOST_WAYS = 3
 FEEDING_THREADS = 4  # of a model wholly on GPUs: with 4 it was faster than with 7 in llama.cpp's performance tips
 LEAST_SELF_SIZED_CONTEXT_MIB = 1024  # what vLLM is left at least for its KV cache: 8192 tokens of an 8B model in bf16
@@ -63,20 +64,42 @@ def plan_host(host: Host, book: ModelBook) -> HostPlan:
     """Plan the services of a host together.
 
     A service that does not fit still gets a plan, which says by how much and what would make it fit; `require_fit`
-    refuses it.
+    refuses it. Hosts that are alike in all but name and address share their plans.
     """
+    known = _PLANNED.setdefault(book, {})
+    alike = _what_plans_depend_on(host)
+    if alike not in known:
+        known[alike] = _plan_services(host, book)
+    return HostPlan(host, known[alike])
+
+
+_PLANNED: WeakKeyDictionary[ModelBook, dict[Hashable, tuple[ServicePlan, ...]]] = WeakKeyDictionary()
+
+
+def _what_plans_depend_on(host: Host) -> Hashable:
+    """Give all of a host that its plans depend on, for looking them up."""
+    services = tuple(
+        tuple(tuple(value.items()) if isinstance(value, dict) else value for value in vars(service).values())
+        for service in host.services.values()
+    )
+    return host.hardware, host.reserve, host.models_dir, tuple(host.runners.items()), services
+
+
+def _plan_services(host: Host, book: ModelBook) -> tuple[ServicePlan, ...]:
     requests = {name: _request(host, service, book) for name, service in host.services.items()}
     planned = _together(host, requests)
     misfits = [name for name, plan in planned.items() if not plan.fits]
     ways = {name: _ways_to_fit(host, requests, planned, name, book) for name in misfits}
     plans = {name: dataclasses.replace(plan, ways_to_fit=ways.get(name, ())) for name, plan in planned.items()}
-    return HostPlan(host, tuple(plans[name] for name in host.services))
+    return tuple(plans[name] for name in host.services)
 
 
 # --- sharing a host -----------------------------------------------------------------------------------------------
 
 
-def _together(host: Host, requests: Mapping[str, Request]) -> dict[str, ServicePlan]:
+def _together(
+    host: Host, requests: Mapping[str, Request], *, fitting_is_enough: bool = False
+) -> dict[str, ServicePlan]:
     """Plan services in every order worth trying, and take the best outcome; the first order is mostly good enough.
 
     So the order of the inventory decides nothing. With more services than MOST_TO_PERMUTE only a few orders are tried.
@@ -86,7 +109,10 @@ def _together(host: Host, requests: Mapping[str, Request]) -> dict[str, ServiceP
         planned = _planned_in(order, host, requests)
         if not best or _worth(planned) > _worth(best):
             best = planned
-        if all(_is_well_placed(host, plan, requests[name]) for name, plan in best.items()):
+        enough = (
+            (plan.fits and fitting_is_enough) or _is_well_placed(host, plan, requests[n]) for n, plan in best.items()
+        )
+        if all(enough):
             break
     return _in_start_order(best, requests)
 
@@ -201,7 +227,7 @@ def _smaller_models(host: Host, request: Request, book: ModelBook) -> Iterator[t
 def _helps(host: Host, requests: Mapping[str, Request], planned: Mapping[str, ServicePlan], changed: Request) -> bool:
     """Say whether a changed service fits, and takes no other's place."""
     try:
-        after = _together(host, {**requests, changed.name: changed})
+        after = _together(host, {**requests, changed.name: changed}, fitting_is_enough=True)
     except InventoryError:
         return False
     return after[changed.name].fits and all(plan.fits or not planned[name].fits for name, plan in after.items())

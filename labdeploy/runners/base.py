@@ -131,9 +131,9 @@ class Health:
     n_ctx: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ServicePlan:
-    """Everything about one service that its unit is rendered from."""
+    """Everything about one service that its unit is rendered from; equal only to itself, so that it can be a key."""
 
     name: str
     unit: str

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -192,6 +192,11 @@ def _costs(shape: ModelShape, settings: LlamaMemorySettings) -> _Costs:
     )
 
 
+@functools.lru_cache(maxsize=16_384)
+def _costs_at(shape: ModelShape, base: LlamaMemorySettings, ctx_size: int) -> _Costs:
+    return _costs(shape, _plain(replace(base, ctx_size=ctx_size)))
+
+
 def _plain(settings: LlamaMemorySettings) -> LlamaMemorySettings:
     """Leave out where layers go, which the costs of a layer do not depend on."""
     return replace(settings, gpu_layers=0, n_cpu_moe=0, n_gpus=1, tensor_split=())
@@ -278,8 +283,8 @@ class _Search:
     @functools.cached_property
     def one_block_ctx(self) -> int:
         """The context above the least that the experts of one block would have to make room for."""
-        costs = _costs(self.shape, _plain(replace(self.wish.base, ctx_size=self.least)))
-        twice = _costs(self.shape, _plain(replace(self.wish.base, ctx_size=2 * self.least)))
+        costs = _costs_at(self.shape, self.wish.base, self.least)
+        twice = _costs_at(self.shape, self.wish.base, 2 * self.least)
         per_token = (sum(twice.context) - sum(costs.context)) / self.least
         tokens = max(costs.experts) / per_token if per_token > 0 else self.most
         return min(self.most, self.least + int(tokens // 1024) * 1024)
@@ -323,7 +328,7 @@ class _Search:
 
     def surely_too_big(self, gpus: tuple[GpuBudget, ...], rank: int, ctx_size: int) -> bool:
         """Say whether weights, context and overheads alone are more than all the GPUs have; cheap."""
-        costs = _costs(self.shape, _plain(replace(self.wish.base, ctx_size=ctx_size)))
+        costs = _costs_at(self.shape, self.wish.base, ctx_size)
         least = sum(costs.units(self.ladder[rank])) + len(gpus) * costs.overhead
         return least > sum(gpu.free_mib for gpu in gpus)
 
@@ -371,15 +376,16 @@ class _Search:
 
     def longest(self, gpus: tuple[GpuBudget, ...]) -> Layout | None:
         """Take the longest context that fits on any rung, and of those rungs the highest."""
-        rank = self.highest(gpus, lambda _rank: self.most)
-        if rank is not None:
-            return self.at(gpus, rank, self.most)
-        found: Layout | None = None
-        for below in reversed(range(len(self.ladder))):
-            layout = self.at(gpus, below, found.ctx_size + CTX_STEP if found else self.least)
-            if self.fits(layout):
-                found = self.grown(layout, self.most)
-        return found
+
+        def fails(step: int) -> bool:
+            return self.highest(gpus, lambda _rank: min(self.least + step * CTX_STEP, self.most)) is None
+
+        steps = -(-(self.most - self.least) // CTX_STEP)
+        found = bisect_left(range(steps), x=True, key=fails) if fails(steps) else steps + 1
+        if not found:
+            return None
+        ctx_size = min(self.least + (found - 1) * CTX_STEP, self.most)
+        return self.at(gpus, self.highest(gpus, lambda _rank: ctx_size) or 0, ctx_size)
 
     def highest(self, gpus: tuple[GpuBudget, ...], ctx_at: Callable[[int], int]) -> int | None:
         """Find the highest rung that fits, from the top: compute buffers shrink on some rungs, so no bisection."""
@@ -390,8 +396,8 @@ class _Search:
             layout = self.at(gpus, rank, ctx_size)
             if self.fits(layout):
                 return rank
-            if self.over_mib(layout, ram=float("inf")) <= 0:
-                return None  # only RAM is short, and every rung below needs more of it
+            if ram_mib(needs(self.shape, layout.settings)) > self.room.ram_mib:
+                return None  # every rung below needs more RAM
         return None
 
     def grown(self, layout: Layout, most: int) -> Layout:
