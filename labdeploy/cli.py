@@ -109,10 +109,13 @@ def cli() -> None:
 
 
 def _plans(options: Options, hosts: Sequence[str]) -> list[HostPlan]:
+    return _plans_of(options.inventory, hosts)
+
+
+def _plans_of(inventory: Inventory, hosts: Sequence[str]) -> list[HostPlan]:
     from labdeploy import lock, machines, plan  # noqa: PLC0415
     from labdeploy.models.book import ModelBook  # noqa: PLC0415
 
-    inventory = options.inventory
     book, selected = ModelBook(inventory, lock.read(inventory.lock_path)), inventory.select(hosts)
     machines.require_known(selected, book.machine)
     return [plan.plan_host(host, book) for host in selected]
@@ -129,18 +132,29 @@ def _generations(options: Options, plans: Sequence[HostPlan]) -> dict[str, Gener
 
 @cli.command("plan")
 @hosts_argument
+@click.option(
+    "--what-if",
+    "changes",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Plan as if this stood in the inventory; write nothing. KEY may be SERVICE.key or HOST.SERVICE.key.",
+)
 @reporting
-def plan_command(options: Options, hosts: tuple[str, ...]) -> None:
+def plan_command(options: Options, hosts: tuple[str, ...], changes: tuple[str, ...]) -> None:
     """Show what fits: memory by device, and every setting with its reason."""
-    from labdeploy import plan, report  # noqa: PLC0415
+    from labdeploy import plan, report, what_if  # noqa: PLC0415
 
-    plans = _plans(options, hosts)
+    now = _plans(options, hosts)
+    plans = _plans_of(what_if.load(options.inventory, now, changes), hosts) if changes else now
     if options.json:
         warnings = {p.host.name: list(p.warnings) for p in plans if p.warnings}
-        _print_json({"hosts": {p.host.name: plan.to_json(p) for p in plans}, "warnings": warnings})
+        compared = {p.host.name: plan.changes(old, p) for old, p in zip(now, plans, strict=True)}
+        asked = {"what_if": {"set": list(changes), "changes": compared}} if changes else {}
+        _print_json({"hosts": {p.host.name: plan.to_json(p) for p in plans}, "warnings": warnings} | asked)
     else:
-        for p in plans:
+        for old, p in zip(now, plans, strict=True):
             click.echo(report.plan_text(p), nl=False)
+            click.echo(report.changes_text(plan.changes(old, p), p) if changes else "", nl=False)
     plan.require_fit(plans)
 
 

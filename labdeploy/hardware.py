@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from labdeploy.schema import Int, ListOf, Mib, OneOf, Record, Size, Text, setting
@@ -74,7 +75,7 @@ class Gpu:
         Text("a compute capability such as 8.6", r"\d{1,2}\.\d"), "of an NVIDIA GPU", default=None
     )
 
-    @property
+    @cached_property
     def maker(self) -> Vendor:
         """The vendor: as written, else told by the name, else NVIDIA."""
         by_name = (vendor for pattern, vendor in _VENDOR_BY_NAME if re.search(pattern, self.name, re.IGNORECASE))

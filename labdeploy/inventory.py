@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from labdeploy.errors import InventoryError
 from labdeploy.hardware import UNKNOWN, Hardware, Reserve
 from labdeploy.runners import RUNNERS
+from labdeploy.runners.base import Prefer  # noqa: TC001 (a dataclass field's type)
 from labdeploy.schema import (
     AbsolutePath,
     EnvName,
@@ -44,7 +45,7 @@ from labdeploy.schema import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     import yaml
 
@@ -98,6 +99,11 @@ class ServiceKeys:
     runner: str = setting(OneOf((*RUNNERS, "auto")), "which program serves; auto decides by purpose", default="auto")
     purpose: Purpose = setting(
         OneOf(("experiment", "service", "throughput")), "what it is for, where runner is auto", default="service"
+    )
+    prefer: Prefer | None = setting(
+        OneOf(("speed", "context")),
+        "what to keep where not everything fits: layers on the GPU, or a long context; default: speed",
+        default=None,
     )
     bind: str = setting(IpAddress(), "address to listen on", default="127.0.0.1")
     unit: str | None = setting(UnitName, "name of its systemd unit; default: labdeploy-NAME.service", default=None)
@@ -275,10 +281,13 @@ def find(given: Path | None) -> Path:
     )
 
 
-def load(path: Path) -> Inventory:
-    """Read and check an inventory; InventoryProblemsError lists everything that is wrong with it at once."""
+def load(path: Path, edit: Callable[[yaml.Node], yaml.Node] | None = None) -> Inventory:
+    """Read and check an inventory; InventoryProblemsError lists everything that is wrong with it at once.
+
+    `edit` changes the parsed file before it is read, for questions of the kind "what if".
+    """
     place = Place(path.name, "")
-    root = compose(path)
+    root = edit(compose(path)) if edit else compose(path)
     keys = read_record(InventoryKeys, root, place)
     if keys is not None:
         _check_across(keys, root, place)

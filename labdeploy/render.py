@@ -9,6 +9,7 @@ import re
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from jinja2 import (
     ChoiceLoader,
@@ -27,7 +28,7 @@ from labdeploy.runners.base import shown
 from labdeploy.schema import CONTROL
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Hashable, Iterable, Iterator
 
     from labdeploy.plan import HostPlan
     from labdeploy.runners.base import GpuBudget, Memory, ServicePlan
@@ -154,13 +155,24 @@ def render_host(plan: HostPlan, environment: Environment) -> dict[str, bytes]:
 
     `systemd/UNIT` is installed as it is; `services/NAME` is what the program on the host needs to know of a service
     (how to tell that it serves); `units` lists units and their services in the order they start; `plan.json` is the
-    plan, kept with the generation.
+    plan, kept with the generation. Hosts that share their plans share their files.
     """
+    rendered = _RENDERED.setdefault(environment, {})
+    alike = (plan.services, plan.host.hardware, plan.host.reserve)
+    if alike not in rendered:
+        rendered[alike] = _files(plan, environment)
+    return dict(rendered[alike])
+
+
+_RENDERED: WeakKeyDictionary[Environment, dict[Hashable, dict[str, bytes]]] = WeakKeyDictionary()
+
+
+def _files(plan: HostPlan, environment: Environment) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     for service in plan.services:
         files[f"systemd/{service.unit}"] = _unit(service, environment).encode()
         files[f"services/{service.name}"] = _service_facts(service, plan).encode()
-    files["units"] = "".join(f"{service.unit} {service.name}\n" for service in plan.services).encode()
+    files["units"] = "".join(f"{service.unit} {service.name}\n" for service in plan.start_order).encode()
     files["plan.json"] = (json.dumps(planning.to_json(plan), indent=1) + "\n").encode()
     return files
 

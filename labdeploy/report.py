@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import string
 import textwrap
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from labdeploy.runners.base import ServicePlan
 
 WIDTH = 79
+BAR = 70  # cells of a device's bar
 
 
 # --- plan and render ----------------------------------------------------------------------------------------------
@@ -33,25 +35,57 @@ def plan_text(plan: HostPlan) -> str:
     """Say what a host's devices hold and why each setting is what it is."""
     out = [plan.host.name]
     for i, gpu in enumerate(plan.host.hardware.gpus):
-        out.append(_device_line(f"gpu{i}", gpu.name, plan.planned_mib(f"gpu{i}"), plan.vram_usable_mib(i), gpu.vram))
-    ram = plan.host.hardware.ram
-    out.append(_device_line("ram", "", plan.planned_mib("host"), plan.ram_usable_mib, ram))
+        out += _device_lines(plan, f"gpu{i}", gpu.name, plan.vram_usable_mib(i), gpu.vram)
+    out += _device_lines(plan, "host", "", plan.ram_usable_mib, plan.host.hardware.ram)
     out += [_wrapped("warning:", text) for text in plan.warnings]
     for service in plan.services:
         out += _service_lines(service)
     return "\n".join(out) + "\n\n"
 
 
-def _device_line(device: str, name: str, planned: float, usable: float, total: float) -> str:
-    label = f"{device} {name}".strip()
-    return f"  {label:<26} {planned:>7.0f} of {usable:.0f} MiB planned ({total:.0f} MiB in all)"
+def _device_lines(plan: HostPlan, device: str, name: str, usable: int, total: int) -> list[str]:
+    """Say what is planned on a device, and draw it: a letter for each service, `.` for what is left, `-` kept back."""
+    planned = plan.planned_mib(device)
+    label = f"{'ram' if device == 'host' else device} {name}".strip()
+    head = f"  {label:<26} {planned:>7.0f} of {usable} MiB planned ({total} MiB in all)"
+    marks = dict(zip((service.name for service in plan.services), string.ascii_letters, strict=False))
+    taken = [(marks.get(s.name, "*"), s.name, s.memory[device].total_mib) for s in plan.services if device in s.memory]
+    left = usable - planned
+    rest = f"left {left:.0f}" if left >= 0 else f"TOO MUCH BY {-left:.0f}"
+    legend = [f"{mark} {name} {mib:.0f}" for mark, name, mib in taken] + [rest]
+    legend += [f"kept back {total - usable}"] if total > usable else []
+    parts = [(mark, mib) for mark, _, mib in taken] + [(".", max(0.0, left)), ("-", total - max(usable, planned))]
+    return [head, f"    [{_bar(parts)}]", *textwrap.wrap(", ".join(legend), WIDTH - 4, **_INDENTED)]
+
+
+_INDENTED: dict[str, Any] = {"initial_indent": "    ", "subsequent_indent": "    "}
+
+
+def _bar(parts: Iterable[tuple[str, float]]) -> str:
+    """Draw amounts side by side as runs of their marks, BAR wide in all."""
+    positive = [(mark, max(0.0, amount)) for mark, amount in parts]
+    whole = sum(amount for _, amount in positive) or 1.0
+    drawn, before = "", 0.0
+    for mark, amount in positive:
+        before += amount
+        drawn += mark * (round(before / whole * BAR) - len(drawn))
+    return drawn
+
+
+def changes_text(changes: Mapping[str, Any], plan: HostPlan) -> str:
+    """Say what a plan would change against now."""
+    lines = [f"{plan.host.name}: what would change; nothing was written"]
+    for name, found in changes["services"].items():
+        lines += _fold(f"  {name}: {', '.join(found)}")
+    lines += [f"  {device}: {was} -> {now} MiB planned" for device, (was, now) in changes["planned_mib"].items()]
+    return "\n".join([*lines, *(["  nothing"] if len(lines) == 1 else [])]) + "\n\n"
 
 
 def _service_lines(service: ServicePlan) -> list[str]:
     lines = [f"  {service.name}: {service.runner} serves {service.model} on {service.bind} port {service.port}"]
-    lines.append(_wrapped(f"{'runner':<16} {service.runner}", f"({service.runner_why})"))
+    lines.append(_wrapped(f"{'runner':<22} {service.runner}", f"({service.runner_why})"))
     for key, choice in service.settings.items():
-        lines.append(_wrapped(f"{key:<16} {choice.shown}", f"({choice.why})"))
+        lines.append(_wrapped(f"{key:<22} {choice.shown}", f"({choice.why})"))
     for device, part in service.memory.items():
         lines.append(f"    memory on {device}: {part.total_mib:.0f} MiB")
     lines += [_wrapped("does not fit:", text) for text in service.shortfall]

@@ -554,6 +554,14 @@ def read_record(record: type[T], node: yaml.Node, place: Place) -> T | None:
     return record(**read) if all(name in read for name in known if required(known[name])) else None
 
 
+def read_line(record: type, line: str) -> dict[str, Any]:
+    """Read `key: value, key: value` as the inventory would, into fields of a record; for lines that we wrote."""
+    node = yaml.compose(f"{{{line}}}", Loader=_LOADER)
+    known, place = settings_of(record), Place("", "")
+    pairs = entries(node, place) if node else ()
+    return {key.value: known[key.value].metadata["kind"].read(value, place) for key, value in pairs}
+
+
 def _property(declared: dataclasses.Field[Any]) -> dict[str, Any]:
     """Describe a key; one that need not be written may also be left blank."""
     values = declared.metadata["kind"].json_schema()

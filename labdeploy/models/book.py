@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
-from labdeploy.errors import InventoryError
+from labdeploy.errors import InventoryError, LabdeployError
 from labdeploy.facts.machine import Machine, from_lock
 from labdeploy.models import gguf
 from labdeploy.models.model import ModelFacts
 from labdeploy.models.shape import ModelShape, model_shape
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from labdeploy.facts.build import Build
     from labdeploy.inventory import Host, Inventory
@@ -52,6 +53,12 @@ class ModelBook:
         machine = self.machine(host.name)
         build = machine.runners.get(runner) if machine else None
         return build if build and build.path == host.runners.get(runner) else None
+
+    def known(self, models_dir: str) -> Iterator[ModelFacts]:
+        """Give every model of the inventory whose shape is known."""
+        for name in self._inventory.models:
+            with contextlib.suppress(LabdeployError):
+                yield self.facts(name, models_dir)
 
     def _load(self, name: str) -> ModelShape | Snapshot:
         from labdeploy.models import safetensors  # noqa: PLC0415

@@ -15,6 +15,7 @@ import math
 import re
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
@@ -150,7 +151,7 @@ class Tensor:
         """Elements in the tensor."""
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def n_bytes(self) -> int:
         """Bytes without alignment: prod(ne) / block x bytes of a block (ggml_nbytes, contiguous)."""
         kind = TYPE_BY_NAME[self.type]

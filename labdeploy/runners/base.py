@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from labdeploy.errors import InventoryError
 from labdeploy.schema import did_you_mean
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from labdeploy.hardware import Gpu
     from labdeploy.models.model import ModelFacts
     from labdeploy.models.shape import ModelShape
+
+Prefer = Literal["speed", "context"]
+MOST_GPUS_TO_COMBINE = 6  # 63 sets; a host with more is one of equal cards
 
 
 def shown(value: Any) -> str:  # noqa: ANN401
@@ -118,6 +122,8 @@ class Request:
     flags: tuple[str, ...]
     env: Mapping[str, str]
     api_key_file: str | None
+    prefer: Prefer | None = None
+    """What to give up last where not everything fits; None where the inventory does not say."""
     build: Build | None = None
     """The program that was probed at `binary`; None where none was."""
 
@@ -163,9 +169,9 @@ class Health:
     """As many layers must be on GPUs, by its own log."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ServicePlan:
-    """Everything about one service that its unit is rendered from."""
+    """Everything about one service that its unit is rendered from; equal only to itself, so that it can be a key."""
 
     name: str
     unit: str
@@ -195,6 +201,8 @@ class ServicePlan:
     """Why it does not fit, each with the numbers; empty when it fits."""
     ways_to_fit: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    cpu_layers: bool = False
+    """Whether layers or experts of it are computed on the CPU though it has GPUs."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Anything more the runner's template says."""
 
@@ -203,6 +211,11 @@ class ServicePlan:
         """Where the host itself reaches it."""
         address = reachable(self.bind)
         return f"http://{f'[{address}]' if ':' in address else address}:{self.port}"
+
+    @property
+    def computes_on_cpu(self) -> bool:
+        """Whether the CPU works on every token, so that more threads make it faster."""
+        return self.cpu_layers or not self.gpus
 
     @property
     def memory_max_mib(self) -> int:
@@ -220,10 +233,30 @@ def as_asked(value: Any) -> Choice | None:  # noqa: ANN401
     return None if value is None else Choice(value, "as the inventory says")
 
 
+def prefer_choice(prefer: Prefer | None) -> Choice:
+    """Say what a service gives up last."""
+    return as_asked(prefer) or Choice("speed", "layers on the GPU first, then context; context gives up layers for it")
+
+
+def too_much(device: str, need_mib: float, free_mib: float) -> Iterator[str]:
+    """Say by how much a device is too small, where it is."""
+    if need_mib > free_mib:
+        over = need_mib - free_mib
+        yield f"{device} needs {need_mib:.0f} MiB, {free_mib:.0f} MiB are free: {over:.0f} MiB too much"
+
+
 def gpu_sets(allowed: tuple[GpuBudget, ...]) -> list[tuple[GpuBudget, ...]]:
-    """List the sets of GPUs to try for one service, in order: each alone, the emptiest first, then all together."""
-    alone: list[tuple[GpuBudget, ...]] = [(gpu,) for gpu in sorted(allowed, key=lambda gpu: (-gpu.free_mib, gpu.index))]
-    return alone if len(allowed) <= 1 else [*alone, allowed]
+    """List the sets of GPUs to try for one service: small sets first, of one size the emptiest first, all GPUs last.
+
+    Every subset of up to six GPUs; of more only the emptiest ones, each set in the order of the host.
+    """
+    emptiest = sorted(allowed, key=lambda gpu: (-gpu.free_mib, gpu.index))
+    if len(allowed) <= MOST_GPUS_TO_COMBINE:
+        sets = [chosen for n in range(1, len(allowed) + 1) for chosen in itertools.combinations(emptiest, n)]
+    else:
+        sets = [(gpu,) for gpu in emptiest] + [tuple(emptiest[:n]) for n in range(2, len(allowed) + 1)]
+    sets.sort(key=lambda gpus: (len(gpus), -sum(gpu.free_mib for gpu in gpus)))
+    return [tuple(sorted(gpus, key=lambda gpu: gpu.index)) for gpus in sets]
 
 
 def checkpoints(shape: ModelShape) -> Choice:
@@ -260,6 +293,10 @@ class Runner(Protocol):
     @property
     def sizes_itself(self) -> bool:
         """Whether it takes what is left of a GPU (vLLM), so that it is planned after the others."""
+
+    @property
+    def measures_gpu(self) -> bool:
+        """Whether it looks at what is free on a GPU when it starts or loads, so that it must start after the others."""
 
     def plan(self, request: Request, budget: Budget) -> ServicePlan:
         """Choose the settings of a service within a budget, and say what it will take."""

@@ -6,10 +6,9 @@ the choices for people.
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
+import functools
 import ipaddress
-import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -27,20 +26,21 @@ from labdeploy.runners.base import (
     checkpoints,
     credential_path,
     device_env,
-    gpu_sets,
+    prefer_choice,
     start_timeout_s,
+    too_much,
 )
 from labdeploy.runners.llama_flags import spoken
-from labdeploy.runners.llama_memory import LlamaMemorySettings, memory
+from labdeploy.runners.llama_memory import LlamaMemorySettings
+from labdeploy.runners.llama_tuning import CTX_STEP, LEAST_CTX, Layout, Room, Wish, choose, fits, needs, sets_to_try
 from labdeploy.schema import Bool, Int, ListOf, Mib, Number, OneOf, Size, setting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from labdeploy.models.shape import ModelShape
+    from labdeploy.runners.base import Prefer
 
-CTX_STEP = 256  # llama.cpp pads the context to this (llama-context.cpp, GGML_PAD(n_ctx, 256))
-LEAST_CTX = 4096  # what --fit-ctx keeps at least; a chat with less is hardly one
 CACHE_RAM_DEFAULT_MIB = 8192  # llama-server's own --cache-ram
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 BASE_START_S = 60  # program start, warm-up and a busy machine, before any byte of the model is read
@@ -68,7 +68,7 @@ class LlamaServerSettings:
         ListOf(Int(0, 63)), "indices of the host's GPUs it may use; default: as few as hold it", default=None
     )
     tensor_split: tuple[float, ...] | None = setting(
-        ListOf(Number(0, 1_000_000)), "share of each GPU; default: by free memory", default=None
+        ListOf(Number(0, 1_000_000)), "share of each GPU; default: what each can hold", default=None
     )
     threads: int | None = setting(
         Int(1, 4096), "threads; default: fast physical cores, shared by the host's services", default=None
@@ -121,19 +121,24 @@ OWNED_FLAGS = {
 
 @dataclass(frozen=True)
 class _Tuning:
-    """One candidate: settings that memory depends on, each with its reason, and the GPUs they are for."""
+    """What was chosen for a service: its layout, each setting with its reason, and what it takes by device."""
 
+    layout: Layout
     choices: Mapping[str, Choice]
-    gpus: tuple[GpuBudget, ...]
-    repack: bool
-    cpu_flags: frozenset[str]
+    memory: Mapping[str, Memory]
+    shortfall: tuple[str, ...]
+
+    @property
+    def gpus(self) -> tuple[GpuBudget, ...]:
+        return self.layout.gpus
 
     def value(self, key: str) -> Any:  # noqa: ANN401
         return self.choices[key].value
 
-    def but(self, **changes: Choice) -> _Tuning:
-        """Give the same candidate with some settings changed."""
-        return dataclasses.replace(self, choices={**self.choices, **changes})
+    def all_on_gpu(self, shape: ModelShape) -> bool:
+        """Say whether the CPU has nothing to do but look up the token."""
+        settings = self.layout.settings
+        return settings.gpu_layers > shape.n_layer_all and not settings.n_cpu_moe
 
 
 class LlamaServer:
@@ -143,16 +148,15 @@ class LlamaServer:
     settings = LlamaServerSettings
     default_binary = "/usr/bin/llama-server"
     owned_flags = OWNED_FLAGS
+    measures_gpu = False
     sizes_itself = False
 
     def plan(self, request: Request, budget: Budget) -> ServicePlan:
         """Choose every setting that matters; what the inventory says always wins and is still checked."""
         shape = _shape(request)
-        tuning = _tune(request.settings, shape, budget)
-        _check_split(tuning)
-        taken = _memory(tuning, shape)
-        tuning, taken = _with_prompt_cache(request.settings, tuning, taken, budget)
-        settings = {**_that_matter(tuning, shape), **_thread_choices(request.settings, budget)}
+        prefer = request.prefer or "speed"
+        tuning = _tune(request.settings, prefer, shape, budget)
+        settings = {**_that_matter(request, tuning, shape), **_thread_choices(request.settings, budget)}
         argv, lost = spoken(_argv(request, settings, tuning.gpus), request.build)
         return ServicePlan(
             name=request.name,
@@ -162,7 +166,7 @@ class LlamaServer:
             bind=request.bind,
             port=request.port,
             settings=settings,
-            memory=taken,
+            memory=tuning.memory,
             argv=argv,
             proof=_proof(argv) if "--fit" in argv else (),
             env={**device_env(tuning.gpus, host_has_gpus=bool(tuning.gpus)), **request.env},
@@ -182,9 +186,10 @@ class LlamaServer:
             model_path=request.model.path,
             model_bytes=request.model.size_bytes,
             api_key_file=request.api_key_file,
-            shortfall=(*_no_gpu(tuning), *_shortfall(taken, tuning.gpus, budget)),
-            ways_to_fit=tuple(_ways_to_fit(tuning, shape, budget)),
+            shortfall=tuning.shortfall,
+            ways_to_fit=tuple(_ways_to_fit(request.settings, prefer, shape, budget)) if tuning.shortfall else (),
             warnings=(*_warnings(request, tuning, shape), *lost),
+            cpu_layers=not tuning.all_on_gpu(shape),
         )
 
 
@@ -200,35 +205,69 @@ def _shape(request: Request) -> ModelShape:
     return request.model.shape
 
 
-def _check_split(tuning: _Tuning) -> None:
-    """Refuse more shares than GPUs: llama-server drops the others, and the layers that were meant for them move."""
-    n, n_gpus = len(tuning.value("tensor_split")), len(tuning.gpus)
-    if tuning.gpus and n > n_gpus:
-        what = f"tensor_split names {n} GPUs, it has {n_gpus}"
-        raise InventoryError(what, hint="write one share for each of its GPUs")
-
-
 # --- choosing --------------------------------------------------------------------------------------------------
 
 
-def _tune(asked: LlamaServerSettings, shape: ModelShape, budget: Budget) -> _Tuning:
-    """Place the model: all on one GPU, else all on several, else experts in RAM, else fewer layers, else the CPU."""
-    for gpus in _gpu_sets(asked, budget):
-        whole = _grown(asked, _start(asked, shape, gpus, budget), shape, budget)
-        if _fits(whole, shape, budget):
-            return whole
-    gpus = _allowed(asked, budget)
-    start = _start(asked, shape, gpus, budget)
-    if gpus and asked.gpu_layers is None:
-        if shape.n_expert and asked.n_cpu_moe is None:
-            for split in _experts_to_ram(start, shape):
-                if _fits(split, shape, budget):
-                    return _grown(asked, split, shape, budget)
-        fewer = _fewest_layers_lost(start, shape, budget)
-        if fewer is not None:
-            return fewer
-        start = _start(asked, shape, (), budget)
-    return _grown(asked, start, shape, budget)
+@functools.lru_cache(maxsize=8192)
+def _tune(asked: LlamaServerSettings, prefer: Prefer, shape: ModelShape, budget: Budget) -> _Tuning:
+    """Choose the layout and every other setting that memory depends on; llama_tuning.py says how layers are placed."""
+    allowed = _allowed(asked, budget)
+    _check_split(asked, allowed)
+    room = Room(_gpu_sets(asked, allowed), budget.ram_mib, least=budget.least)
+    layout = _lay_out(asked, prefer, shape, room, budget)
+    layout, cache_ram = _with_prompt_cache(asked, layout, shape, budget)
+    choices = {**_choices(asked, prefer, shape, layout), "cache_ram": cache_ram}
+    memory = _memory(layout, shape)
+    return _Tuning(layout, choices, memory, tuple(_shortfall(asked, layout, memory, budget)))
+
+
+def _lay_out(asked: LlamaServerSettings, prefer: Prefer, shape: ModelShape, room: Room, budget: Budget) -> Layout:
+    """Lay the model out with the KV cache in f16; in q8_0 only where that fits nowhere, and where it may be."""
+    wish = Wish(
+        base=_base(asked, shape, budget),
+        ctx_size=asked.ctx_size,
+        gpu_layers=asked.gpu_layers,
+        n_cpu_moe=asked.n_cpu_moe,
+        tensor_split=asked.tensor_split,
+        prefer=prefer,
+    )
+    layout = choose(shape, wish, room)
+    if fits(shape, layout, room) or not _may_quantise_cache(asked, shape):
+        return layout
+    q8_0 = dataclasses.replace(wish.base, cache_type_k="q8_0", cache_type_v="q8_0")
+    smaller = choose(shape, dataclasses.replace(wish, base=q8_0), room)
+    return smaller if fits(shape, smaller, room) else layout
+
+
+def _may_quantise_cache(asked: LlamaServerSettings, shape: ModelShape) -> bool:
+    """Say whether the cache may become q8_0 unasked.
+
+    Only where the inventory pins nothing that makes it large, so that who asks for too much is told. It needs heads
+    of whole blocks of 32, and flash attention.
+    """
+    pinned = (asked.ctx_size, asked.gpu_layers, asked.n_cpu_moe, asked.cache_type_k, asked.cache_type_v)
+    layers = [layer for layer in shape.trunk if layer.has_kv]
+    whole = all(layer.head_k % 32 == 0 and layer.head_v % 32 == 0 for layer in layers)
+    return not any(each is not None for each in pinned) and bool(layers) and whole and asked.flash_attn != "off"
+
+
+def _base(asked: LlamaServerSettings, shape: ModelShape, budget: Budget) -> LlamaMemorySettings:
+    """Settle what does not depend on the layout."""
+    allowed = _allowed(asked, budget)
+    return LlamaMemorySettings(
+        ctx_size=asked.ctx_size or 0,
+        parallel=asked.parallel or 1,
+        kv_unified=bool(asked.kv_unified),
+        batch_size=asked.batch_size or 2048,
+        ubatch_size=asked.ubatch_size or 512,
+        cache_type_k=asked.cache_type_k or "f16",
+        cache_type_v=asked.cache_type_v or "f16",
+        flash_attn=asked.flash_attn != "off",
+        gpu_api=allowed[0].gpu.api if allowed else "cuda",
+        cpu_flags=frozenset(budget.cpu_features),
+        cache_ram_mib=asked.cache_ram or 0,
+        ctx_checkpoints=checkpoints(shape).value if asked.ctx_checkpoints is None else asked.ctx_checkpoints,
+    )
 
 
 def _allowed(asked: LlamaServerSettings, budget: Budget) -> tuple[GpuBudget, ...]:
@@ -240,133 +279,129 @@ def _allowed(asked: LlamaServerSettings, budget: Budget) -> tuple[GpuBudget, ...
     return tuple(gpu for gpu in budget.gpus if gpu.gpu.api == budget.gpus[0].gpu.api)
 
 
-def _gpu_sets(asked: LlamaServerSettings, budget: Budget) -> list[tuple[GpuBudget, ...]]:
+def _gpu_sets(asked: LlamaServerSettings, allowed: tuple[GpuBudget, ...]) -> tuple[tuple[GpuBudget, ...], ...]:
     """List the sets of GPUs to try; one set where the inventory says which, or how to split over them."""
-    allowed = _allowed(asked, budget)
     if asked.gpus is not None or asked.tensor_split is not None:
-        return [allowed] if allowed else []
-    return gpu_sets(allowed)
+        return (allowed,) if allowed else ()
+    return sets_to_try(allowed)
 
 
-def _start(asked: LlamaServerSettings, shape: ModelShape, gpus: tuple[GpuBudget, ...], budget: Budget) -> _Tuning:
-    """Give the candidate that wants most: every layer on the GPUs, and the context asked for or the least useful."""
-    parallel = as_asked(asked.parallel) or Choice(1, "one request at a time gets the whole context")
-    trained = shape.n_ctx_train * parallel.value
-    choices = {
-        "ctx_size": as_asked(asked.ctx_size) or Choice(min(LEAST_CTX * parallel.value, trained), "the least useful"),
-        "parallel": parallel,
+def _check_split(asked: LlamaServerSettings, allowed: tuple[GpuBudget, ...]) -> None:
+    """Refuse more shares than GPUs: llama-server drops the others, and the layers that were meant for them move."""
+    n, n_gpus = len(asked.tensor_split or ()), len(allowed)
+    if n_gpus and n > n_gpus:
+        what = f"tensor_split names {n} GPUs, it has {n_gpus}"
+        raise InventoryError(what, hint="write one share for each of its GPUs")
+
+
+def _with_prompt_cache(
+    asked: LlamaServerSettings, layout: Layout, shape: ModelShape, budget: Budget
+) -> tuple[Layout, Choice]:
+    """Give the prompt cache half of the RAM that is left: its default of 8 GiB is what OOM kills are made of."""
+    if asked.cache_ram is not None:
+        return layout, Choice(asked.cache_ram, "as the inventory says")
+    left = max(0.0, budget.ram_mib - _memory(layout, shape)["host"].total_mib)
+    chosen = 0 if budget.least else int(min(CACHE_RAM_DEFAULT_MIB, left / 2) // CTX_STEP * CTX_STEP)
+    settings = dataclasses.replace(layout.settings, cache_ram_mib=chosen)
+    why = f"half of the {left:.0f} MiB RAM left, at most 8192 MiB"
+    return dataclasses.replace(layout, settings=settings), Choice(chosen, why)
+
+
+# --- reasons ---------------------------------------------------------------------------------------------------
+
+
+def _choices(asked: LlamaServerSettings, prefer: Prefer, shape: ModelShape, layout: Layout) -> dict[str, Choice]:
+    """Give every setting that memory depends on with its reason."""
+    settings = layout.settings
+    return {
+        "ctx_size": as_asked(asked.ctx_size) or Choice(layout.ctx_size, _ctx_why(prefer, shape, layout)),
+        "parallel": as_asked(asked.parallel) or Choice(1, "one request at a time gets the whole context"),
         "kv_unified": as_asked(asked.kv_unified) or Choice(False, "each slot keeps its own share of the context"),  # noqa: FBT003
-        "gpu_layers": _gpu_layers(asked, shape, gpus),
-        "n_cpu_moe": as_asked(asked.n_cpu_moe) or Choice(0, "no experts need to stay in RAM"),
-        "tensor_split": as_asked(asked.tensor_split) or Choice(_split(gpus), "by the free memory of each GPU"),
+        "gpu_layers": as_asked(asked.gpu_layers) or Choice(settings.gpu_layers, _layers_why(shape, layout)),
+        "n_cpu_moe": as_asked(asked.n_cpu_moe) or Choice(settings.n_cpu_moe, _experts_why(shape, layout)),
+        "gpus": as_asked(asked.gpus) or Choice(tuple(gpu.index for gpu in layout.gpus), _gpus_why(layout)),
+        "tensor_split": as_asked(asked.tensor_split) or Choice(_whole(settings.tensor_split), _split_why(layout)),
         "batch_size": as_asked(asked.batch_size) or Choice(2048, "llama-server's default"),
         "ubatch_size": as_asked(asked.ubatch_size)
         or Choice(512, "llama-server's default; compute memory grows with it"),
-        "cache_type_k": as_asked(asked.cache_type_k) or Choice("f16", "exact; q8_0 halves it"),
-        "cache_type_v": as_asked(asked.cache_type_v) or Choice("f16", "exact; q8_0 halves it"),
+        "cache_type_k": as_asked(asked.cache_type_k) or _cache_choice(settings.cache_type_k),
+        "cache_type_v": as_asked(asked.cache_type_v) or _cache_choice(settings.cache_type_v),
         "flash_attn": as_asked(asked.flash_attn) or Choice("on", "without it compute memory grows with the context"),
         "ctx_checkpoints": as_asked(asked.ctx_checkpoints) or checkpoints(shape),
         "load_mode": as_asked(asked.load_mode)
         or Choice("auto", "maps the file, so that a restart reads it from cache"),
     }
-    return _Tuning(choices, gpus, repack=not gpus, cpu_flags=frozenset(budget.cpu_features))
 
 
-def _gpu_layers(asked: LlamaServerSettings, shape: ModelShape, gpus: tuple[GpuBudget, ...]) -> Choice:
-    most = shape.n_layer_all + 1
-    if not gpus:
-        return as_asked(asked.gpu_layers) or Choice(0, "no GPU to put layers on")
-    names = " and ".join(gpu.id for gpu in gpus)
-    asked_layers = as_asked(asked.gpu_layers)
-    return asked_layers or Choice(most, f"all {most - 1} blocks and the output layer fit on {names}")
+def _ctx_why(prefer: Prefer, shape: ModelShape, layout: Layout) -> str:
+    slots, settings = layout.settings.parallel, layout.settings
+    most = shape.n_ctx_train * slots
+    every = settings.gpu_layers > shape.n_layer_all
+    if layout.ctx_size == most:
+        return f"all {shape.n_ctx_train} trained tokens fit" + (f" for each of {slots} slots" if slots > 1 else "")
+    if prefer == "context" or not layout.gpus or (every and not settings.n_cpu_moe):
+        return f"the largest that fits, of {most} trained"
+    if every:
+        return f"what costs the experts of one block at most, of {most} trained; prefer: context takes more"
+    return f"the least useful, so that more layers fit on the GPU; prefer: context takes up to {most}"
 
 
-def _split(gpus: tuple[GpuBudget, ...]) -> tuple[int, ...]:
-    """Give each GPU a share by its free memory, in whole GiB-like numbers a person can read."""
-    return tuple(round(gpu.free_mib / 256) for gpu in gpus) if len(gpus) > 1 else ()
+def _layers_why(shape: ModelShape, layout: Layout) -> str:
+    most, names = shape.n_layer_all + 1, " and ".join(gpu.id for gpu in layout.gpus)
+    if not layout.gpus:
+        return "no GPU to put layers on"
+    if layout.settings.gpu_layers == most:
+        return f"all {most - 1} blocks and the output layer fit on {names}"
+    free = " + ".join(f"{gpu.free_mib:.0f}" for gpu in layout.gpus)
+    return f"{layout.settings.gpu_layers} of {most} layers fit in {free} MiB with this context"
 
 
-def _grown(asked: LlamaServerSettings, tuning: _Tuning, shape: ModelShape, budget: Budget) -> _Tuning:
-    """Give the candidate the largest context that fits, up to the trained one, where the inventory names none."""
-    if asked.ctx_size is not None or budget.least:
-        return tuning
-    slots = tuning.value("parallel")
-    least, most = tuning.value("ctx_size"), shape.n_ctx_train * slots
-
-    def with_ctx(step: int) -> _Tuning:
-        n = min(least + step * CTX_STEP, most)
-        all_of_it = f"all {shape.n_ctx_train} trained tokens fit for each of {slots} slots"
-        return tuning.but(ctx_size=Choice(n, all_of_it if n == most else f"the largest that fits, of {most} trained"))
-
-    return _last_that_fits(with_ctx, -(-(most - least) // CTX_STEP) + 1, shape, budget) or tuning
+def _experts_why(shape: ModelShape, layout: Layout) -> str:
+    n, used = layout.settings.n_cpu_moe, f"{shape.n_expert_used} of {shape.n_expert}"
+    if not n:
+        return "no experts need to stay in RAM"
+    if layout.settings.gpu_layers > shape.n_layer_all:
+        return f"experts of {n} of {shape.n_layer_all} blocks stay in RAM, of which a token reads {used}; the rest fits"
+    return f"all experts stay in RAM, of which a token reads {used}: so more of the other layers fits on the GPU"
 
 
-def _last_that_fits(
-    candidate: Callable[[int], _Tuning], count: int, shape: ModelShape, budget: Budget
-) -> _Tuning | None:
-    """Find the last of `count` candidates that fits, each wanting more memory than the one before it."""
-    found = bisect.bisect_left(range(count), x=True, key=lambda i: not _fits(candidate(i), shape, budget))
-    return candidate(found - 1) if found else None
+def _gpus_why(layout: Layout) -> str:
+    if not layout.gpus:
+        return "none holds a layer of it"
+    return "one is enough" if len(layout.gpus) == 1 else "fewer hold less of it, or less context"
 
 
-def _experts_to_ram(tuning: _Tuning, shape: ModelShape) -> Iterator[_Tuning]:
-    """Move the experts of more and more layers to main memory: attention stays fast on the GPU."""
-    for n in range(1, shape.n_layer_all + 1):
-        why = f"experts of {n} of {shape.n_layer_all} blocks stay in RAM; everything else fits on the GPU"
-        yield tuning.but(n_cpu_moe=Choice(n, why))
+def _whole(split: tuple[float, ...]) -> tuple[int, ...]:
+    return tuple(round(share) for share in split)
 
 
-def _fewest_layers_lost(tuning: _Tuning, shape: ModelShape, budget: Budget) -> _Tuning | None:
-    most = shape.n_layer_all + 1
-    free = " + ".join(f"{gpu.free_mib:.0f}" for gpu in tuning.gpus)
-
-    def with_layers(i: int) -> _Tuning:
-        return tuning.but(gpu_layers=Choice(i + 1, f"{i + 1} of {most} layers fit in {free} MiB with this context"))
-
-    # Few layers may not fit in RAM, many not on the GPU: the last that fits on the GPU leaves the least to RAM.
-    best = _last_that_fits(with_layers, most, shape, dataclasses.replace(budget, ram_mib=math.inf))
-    return best if best and _fits(best, shape, budget) else None
+def _split_why(layout: Layout) -> str:
+    frees = " and ".join(f"{gpu.free_mib:.0f}" for gpu in layout.gpus)
+    return f"layers on each GPU, so that each keeps the same part of its {frees} MiB; the last one has the output layer"
 
 
-def _that_matter(tuning: _Tuning, shape: ModelShape) -> dict[str, Choice]:
-    """Leave out settings that mean nothing here: a split over one GPU, experts of a dense model."""
+def _cache_choice(kind: str) -> Choice:
+    return Choice(kind, "exact; q8_0 halves it" if kind == "f16" else "in f16 it fits nowhere; q8_0 is half of that")
+
+
+def _that_matter(request: Request, tuning: _Tuning, shape: ModelShape) -> dict[str, Choice]:
+    """Leave out settings that mean nothing here, as a split over one GPU; say what is preferred where it matters."""
     dropped = set() if len(tuning.gpus) > 1 else {"tensor_split"}
     dropped |= set() if tuning.gpus and shape.n_expert else {"n_cpu_moe"}
-    return {key: choice for key, choice in tuning.choices.items() if key not in dropped}
+    dropped |= set() if len(tuning.gpus) > 1 or request.settings.gpus is not None else {"gpus"}
+    preferred = {"prefer": prefer_choice(request.prefer)} if tuning.gpus else {}
+    return preferred | {key: choice for key, choice in tuning.choices.items() if key not in dropped}
 
 
 # --- memory ----------------------------------------------------------------------------------------------------
 
 
-def _memory_settings(tuning: _Tuning) -> LlamaMemorySettings:
-    """Name the settings that memory depends on."""
-    return LlamaMemorySettings(
-        ctx_size=tuning.value("ctx_size"),
-        parallel=tuning.value("parallel"),
-        kv_unified=tuning.value("kv_unified"),
-        gpu_layers=tuning.value("gpu_layers"),
-        n_cpu_moe=tuning.value("n_cpu_moe"),
-        batch_size=tuning.value("batch_size"),
-        ubatch_size=tuning.value("ubatch_size"),
-        cache_type_k=tuning.value("cache_type_k"),
-        cache_type_v=tuning.value("cache_type_v"),
-        flash_attn=tuning.value("flash_attn") == "on",
-        n_gpus=len(tuning.gpus),
-        gpu_api=tuning.gpus[0].gpu.api if tuning.gpus else "cuda",
-        tensor_split=tuple(float(share) for share in tuning.value("tensor_split")),
-        repack=tuning.repack,
-        cpu_flags=tuning.cpu_flags,
-        cache_ram_mib=tuning.choices["cache_ram"].value if "cache_ram" in tuning.choices else 0,
-        ctx_checkpoints=tuning.value("ctx_checkpoints"),
-    )
-
-
-def _memory(tuning: _Tuning, shape: ModelShape) -> dict[str, Memory]:
+def _memory(layout: Layout, shape: ModelShape) -> dict[str, Memory]:
     """Give the memory on each device: the GPUs by their names in the plan, then `host`."""
-    taken = memory(shape, _memory_settings(tuning))
+    taken = needs(shape, layout.settings)
     on_gpus = {
         gpu.id: Memory(part.model_mib, part.context_mib, part.compute_mib, part.overhead_mib)
-        for gpu, part in zip(tuning.gpus, taken.gpus, strict=True)
+        for gpu, part in zip(layout.gpus, taken.gpus, strict=True)
     }
     host = taken.host
     return {
@@ -382,70 +417,107 @@ def _memory(tuning: _Tuning, shape: ModelShape) -> dict[str, Memory]:
     }
 
 
-def _shortfall(taken: Mapping[str, Memory], gpus: tuple[GpuBudget, ...], budget: Budget) -> Iterator[str]:
-    """Say by how much each device is too small."""
-    for gpu in gpus:
-        need = taken[gpu.id].total_mib
-        if need > gpu.free_mib:
-            yield _too_much(gpu.id, need, gpu.free_mib)
-    need = taken["host"].total_mib
-    if need > budget.ram_mib:
-        yield _too_much("RAM", need, budget.ram_mib)
+def _shortfall(
+    asked: LlamaServerSettings, layout: Layout, taken: Mapping[str, Memory], budget: Budget
+) -> Iterator[str]:
+    """Say by how much each device is too small, and that layers were asked to go to a GPU where there is none."""
+    if asked.gpu_layers and not layout.gpus:
+        yield f"gpu_layers {asked.gpu_layers} needs a GPU, and there is none for it"
+    for gpu in layout.gpus:
+        yield from too_much(gpu.id, taken[gpu.id].total_mib, gpu.free_mib)
+    yield from too_much("RAM", taken["host"].total_mib, budget.ram_mib)
 
 
-def _no_gpu(tuning: _Tuning) -> tuple[str, ...]:
-    """Say that layers were asked to go to a GPU where the service has none."""
-    layers = tuning.value("gpu_layers")
-    return () if tuning.gpus or not layers else (f"gpu_layers {layers} needs a GPU, and there is none for it",)
+# --- what would make it fit --------------------------------------------------------------------------------------
 
 
-def _too_much(device: str, need_mib: float, free_mib: float) -> str:
-    return f"{device} needs {need_mib:.0f} MiB, {free_mib:.0f} MiB are free: {need_mib - free_mib:.0f} MiB too much"
+def _ways_to_fit(asked: LlamaServerSettings, prefer: Prefer, shape: ModelShape, budget: Budget) -> Iterator[str]:
+    """Give the lines that make a service fit its budget, least loss first; docs/planning.md says the order."""
 
+    def tuned(prefer_now: Prefer = prefer, **changes: Any) -> _Tuning | None:  # noqa: ANN401
+        found = _tune(dataclasses.replace(asked, **changes), prefer_now, shape, budget)
+        return None if found.shortfall else found
 
-def _fits(tuning: _Tuning, shape: ModelShape, budget: Budget) -> bool:
-    return not any(_shortfall(_memory(tuning, shape), tuning.gpus, budget))
-
-
-def _with_prompt_cache(
-    asked: LlamaServerSettings, tuning: _Tuning, taken: Mapping[str, Memory], budget: Budget
-) -> tuple[_Tuning, dict[str, Memory]]:
-    """Give the prompt cache half of the RAM that is left: its default of 8 GiB is what OOM kills are made of."""
-    left = max(0.0, budget.ram_mib - taken["host"].total_mib)
-    chosen = 0 if budget.least else int(min(CACHE_RAM_DEFAULT_MIB, left / 2) // CTX_STEP * CTX_STEP)
-    cache = as_asked(asked.cache_ram) or Choice(chosen, f"half of the {left:.0f} MiB RAM left, at most 8192 MiB")
-    host = dataclasses.replace(taken["host"], cache_mib=taken["host"].cache_mib + cache.value)
-    return tuning.but(cache_ram=cache), {**taken, "host": host}
-
-
-def _ways_to_fit(tuning: _Tuning, shape: ModelShape, budget: Budget) -> Iterator[str]:
-    """Where it does not fit: the lines that would make it fit, cheapest for its quality first."""
-    if _no_gpu(tuning):
-        yield "gpu_layers: 0"
-    if _fits(tuning, shape, budget):
-        return
-    uncached = tuning.but(cache_ram=Choice(0, ""))
-    if _fits(uncached, shape, budget):
-        left = budget.ram_mib - _memory(uncached, shape)["host"].total_mib
-        yield f"cache_ram: {int(left // CTX_STEP * CTX_STEP)}MiB"
-        return
-    q8 = Choice("q8_0", "")
-    halved = tuning.but(cache_type_k=q8, cache_type_v=q8)
-    if _fits(halved, shape, budget):
+    yield from _lossless_ways(asked, tuned)
+    yield from _slower_prompts(asked, shape, tuned)
+    if asked.cache_type_k is None and asked.cache_type_v is None and tuned(prefer, **Q8_0):
         yield "cache_type_k: q8_0, cache_type_v: q8_0"
-    sizes = range(CTX_STEP, tuning.value("ctx_size"), CTX_STEP)
-    shorter = _last_that_fits(lambda i: tuning.but(ctx_size=Choice(sizes[i], "")), len(sizes), shape, budget)
-    if shorter:
-        yield f"ctx_size: {shorter.value('ctx_size')}"
-    fewer = _fewest_layers_lost(tuning, shape, budget) if tuning.gpus else None
-    if fewer:
-        yield f"gpu_layers: {fewer.value('gpu_layers')}"
+    context, layers = list(_less_context(asked, tuned)), list(_fewer_layers(asked, tuned))
+    yield from (*layers, *context) if prefer == "context" else (*context, *layers)
+    for n in (n for n in (8, 4, 2, 1) if n < (asked.parallel or 1)):
+        if tuned(parallel=n):
+            yield f"parallel: {n}"
+            break
+    if not context:
+        yield from (f"{line}, cache_type_k: q8_0, cache_type_v: q8_0" for line in _less_context(asked, tuned, **Q8_0))
+    if asked.gpu_layers and (both := tuned("context", gpu_layers=None, n_cpu_moe=None, ctx_size=None)):
+        yield f"{_layers_line(both)}, ctx_size: {_round_ctx(both)}"
+
+
+Q8_0 = {"cache_type_k": "q8_0", "cache_type_v": "q8_0"}
+
+
+def _lossless_ways(asked: LlamaServerSettings, tuned: Callable[..., _Tuning | None]) -> Iterator[str]:
+    """Give what costs no request anything: other GPUs, another split, flash attention, a smaller prompt cache."""
+    if asked.gpus is not None and (found := tuned(gpus=None, tensor_split=None)) and found.gpus:
+        yield f"gpus: [{','.join(str(gpu.index) for gpu in found.gpus)}]"
+    if asked.tensor_split and (found := tuned(tensor_split=None)) and found.value("tensor_split"):
+        yield f"tensor_split: [{','.join(map(str, found.value('tensor_split')))}]"
+    if asked.flash_attn == "off" and tuned(flash_attn="on"):
+        yield "flash_attn: on"
+    if asked.cache_ram and (found := tuned(cache_ram=None)):
+        yield f"cache_ram: {min(asked.cache_ram, 2 * found.value('cache_ram'))}MiB"
+        yield f"cache_ram: {found.value('cache_ram')}MiB"
+
+
+def _slower_prompts(
+    asked: LlamaServerSettings, shape: ModelShape, tuned: Callable[..., _Tuning | None]
+) -> Iterator[str]:
+    """Give what makes prompts slower: fewer checkpoints to go back to, smaller batches."""
+    if (asked.ctx_checkpoints or checkpoints(shape).value) and tuned(ctx_checkpoints=0):
+        yield "ctx_checkpoints: 0"
+    smaller = [n for n in (512, 256, 128) if n < (asked.ubatch_size or 512)]
+    if found := next((n for n in smaller if tuned(ubatch_size=n)), None):
+        yield f"ubatch_size: {found}"
+
+
+def _less_context(asked: LlamaServerSettings, tuned: Callable[..., _Tuning | None], **also: str) -> Iterator[str]:
+    """Give the longest context that fits with all else as asked."""
+    found = tuned("context", ctx_size=None, **also) if asked.ctx_size else None
+    if found and found.layout.ctx_size < (asked.ctx_size or 0):
+        yield f"ctx_size: {_round_ctx(found)}"
+        return
+    shorter = (n for n in (2048, 1024, 512) if n < (asked.ctx_size or LEAST_CTX) and tuned(ctx_size=n, **also))
+    if n := next(shorter, None):
+        yield f"ctx_size: {n}"
+
+
+def _fewer_layers(asked: LlamaServerSettings, tuned: Callable[..., _Tuning | None]) -> Iterator[str]:
+    """Give more experts in RAM, then fewer layers on the GPU, where the inventory says how many."""
+    if asked.n_cpu_moe is not None and (found := tuned(n_cpu_moe=None)) and found.gpus:
+        yield f"n_cpu_moe: {found.layout.settings.n_cpu_moe}"
+    if asked.gpu_layers and (found := tuned(gpu_layers=None, n_cpu_moe=None)):
+        yield _layers_line(found)
+
+
+def _layers_line(found: _Tuning) -> str:
+    settings = found.layout.settings
+    experts = f", n_cpu_moe: {settings.n_cpu_moe}" if settings.n_cpu_moe else ""
+    return f"gpu_layers: {settings.gpu_layers}{experts}"
+
+
+def _round_ctx(found: _Tuning) -> int:
+    """Round a context down to what people write."""
+    return found.layout.ctx_size // 1024 * 1024 or found.layout.ctx_size
+
+
+# --- what else to say --------------------------------------------------------------------------------------------
 
 
 def _slot_ctx(tuning: _Tuning, shape: ModelShape) -> int:
     """Give the context one request gets: what /v1/models must report once it runs."""
-    total = -(-int(tuning.value("ctx_size")) // CTX_STEP) * CTX_STEP
-    slots = 1 if tuning.value("kv_unified") else int(tuning.value("parallel"))
+    total = -(-tuning.layout.ctx_size // CTX_STEP) * CTX_STEP
+    slots = 1 if tuning.layout.settings.kv_unified else tuning.layout.settings.parallel
     return min(-(-(total // slots) // CTX_STEP) * CTX_STEP, shape.n_ctx_train)
 
 
@@ -454,8 +526,19 @@ def _warnings(request: Request, tuning: _Tuning, shape: ModelShape) -> Iterator[
         yield f"architecture {shape.arch} is planned by the general formula; expect more or less memory"
     if tuning.value("ctx_size") > shape.n_ctx_train * tuning.value("parallel"):
         yield f"ctx_size {tuning.value('ctx_size')} is beyond the {shape.n_ctx_train} tokens the model was trained for"
+    if tuning.layout.settings.cache_type_k == "q8_0" and request.settings.cache_type_k is None:
+        yield "the KV cache is in q8_0, because in f16 it fits nowhere: answers differ a little from those of f16"
+    if pair := _slow_cache(tuning):
+        yield f"cache types {pair}: CUDA builds have kernels for twice the same of f16, bf16, q8_0, q4_0 only"
     if not ipaddress.ip_address(request.bind).is_loopback and not request.api_key_file:
         yield f"listens on {request.bind} without an API key: anyone who reaches the port can use it"
+
+
+def _slow_cache(tuning: _Tuning) -> str:
+    """Name a pair of cache types that flash attention on CUDA has no kernel for, unless built for all (#28455)."""
+    k, v = tuning.layout.settings.cache_type_k, tuning.layout.settings.cache_type_v
+    on_cuda = any(gpu.gpu.api == "cuda" for gpu in tuning.gpus) and tuning.layout.settings.flash_attn
+    return f"{k} and {v}" if on_cuda and (k != v or k not in ("f16", "bf16", "q8_0", "q4_0")) else ""
 
 
 # --- command line ----------------------------------------------------------------------------------------------

@@ -26,9 +26,12 @@ from labdeploy.runners.base import (
     checkpoints,
     device_env,
     gpu_sets,
+    prefer_choice,
     start_timeout_s,
+    too_much,
 )
-from labdeploy.runners.llama_memory import LlamaMemorySettings, memory
+from labdeploy.runners.llama_memory import LlamaMemorySettings
+from labdeploy.runners.llama_tuning import needs
 from labdeploy.schema import AbsolutePath, Bool, Int, ListOf, Mib, OneOf, Size, Text, setting
 
 if TYPE_CHECKING:
@@ -134,12 +137,14 @@ class Ollama:
     settings = OllamaSettings
     default_binary = "/usr/local/bin/ollama"
     owned_flags: Mapping[str, str] = {}
+    measures_gpu = True
     sizes_itself = False
 
     def plan(self, request: Request, budget: Budget) -> ServicePlan:
         """Choose every setting that matters; what the inventory says always wins and is still checked."""
         tuning = _with_prompt_cache(request.settings, _tune(request, _shape(request), budget))
-        settings = {**tuning.choices, **_server_choices(request, budget)}
+        preferred = {"prefer": prefer_choice(request.prefer)} if tuning.gpus else {}
+        settings = {**preferred, **tuning.choices, **_server_choices(request, budget)}
         deadline_s = start_timeout_s(request.model.size_bytes, budget.disk_mib_per_s, base_s=BASE_START_S)
         return ServicePlan(
             name=request.name,
@@ -160,6 +165,7 @@ class Ollama:
             shortfall=tuple(_shortfall(tuning)),
             ways_to_fit=tuple(_ways_to_fit(tuning)),
             warnings=tuple(_warnings(request, tuning)),
+            cpu_layers=tuning.gpu_layers <= tuning.shape.n_layer_all,
             facts={"store": request.settings.models or ""},
         )
 
@@ -190,26 +196,39 @@ def _refuse(request: Request, what: str, hint: str) -> NoReturn:
 
 
 def _tune(request: Request, shape: ModelShape, budget: Budget) -> _Tuning:
-    """Place the model: all on one GPU, else all on several, else some layers, else the CPU.
+    """Place the model: all on as few GPUs as give it the longest context, else some layers, else the CPU.
 
     Only the GPUs of the plan are shown to Ollama. How many layers go to them its llama-server decides when it
     loads: it keeps `fit_target` free and puts the rest on the CPU, without an error.
     """
-    asked = request.settings
-    every = shape.n_layer_all + 1
-    for gpus in _gpu_sets(asked, budget):
-        whole = _grown(asked, _start(asked, shape, budget, gpus, every))
-        if _fits(whole):
-            return whole
-    for gpus in _gpu_sets(asked, budget)[-1:]:
-        start = _start(asked, shape, budget, gpus, every)
-        if fewer := _last_that_fits([dataclasses.replace(start, gpu_layers=n) for n in range(1, every)]):
-            return fewer
-    return _grown(asked, _start(asked, shape, budget, (), 0))
+    asked, every = request.settings, shape.n_layer_all + 1
+    sets = _gpu_sets(asked, budget)
+    starts = [_start(asked, shape, budget, gpus, every) for gpus in sets]
+    whole = [_grown(asked, start) for start in starts if _fits(start)]
+    best = max(whole, key=_context, default=None)
+    longest = request.prefer == "context" and not budget.least
+    if best and (not longest or _context(best) == (asked.context_length or shape.n_ctx_train)):
+        return best
+    found = [best] if best else []
+    for start in starts[-1:]:
+        fewer = [dataclasses.replace(start, gpu_layers=n) for n in range(1, every)]
+        if longest:
+            found += [_grown(asked, each) for each in reversed(fewer) if _fits(each)]
+        elif some := _last_that_fits(fewer):
+            return some
+    on_cpu = _start(asked, shape, budget, (), 0)
+    # The context grows on the CPU unless GPUs are in play: then it would shrink as they do.
+    on_cpu = _grown(asked, on_cpu) if longest or not sets else on_cpu
+    return max((each for each in (*found, on_cpu) if _fits(each)), key=_context, default=on_cpu)
+
+
+def _context(tuning: _Tuning) -> int:
+    length: int = tuning.value("context_length")
+    return length
 
 
 def _gpu_sets(asked: OllamaSettings, budget: Budget) -> list[tuple[GpuBudget, ...]]:
-    """List the sets of GPUs to try: each alone, the emptiest first, then all of one runtime; as asked, where asked."""
+    """List the sets of GPUs of one runtime to try, small ones first; as asked, where asked."""
     if asked.gpus is not None:
         allowed = tuple(gpu for gpu in budget.gpus if gpu.index in asked.gpus)
         return [allowed] if allowed else []
@@ -260,10 +279,14 @@ def _grown(asked: OllamaSettings, tuning: _Tuning) -> _Tuning:
         return tuning
     least, most = tuning.value("context_length"), tuning.shape.n_ctx_train
     largest, all_of_it = f"the largest that fits, of {most} trained", f"all {most} trained tokens fit"
-    longer = [*range(least + CTX_STEP, most, CTX_STEP), most]
-    candidates = [Choice(n, all_of_it if n == most else largest) for n in longer]
-    found = bisect.bisect_left(candidates, x=True, key=lambda choice: not _fits(tuning.but(context_length=choice)))
-    return tuning.but(context_length=candidates[found - 1]) if found else tuning
+
+    def longer(step: int) -> _Tuning:
+        n = min(least + step * CTX_STEP, most)
+        return tuning.but(context_length=Choice(n, all_of_it if n == most else largest))
+
+    steps = range(1, -(-(most - least) // CTX_STEP) + 1)
+    found = bisect.bisect_left(steps, x=True, key=lambda step: not _fits(longer(step)))
+    return longer(found) if found else tuning
 
 
 def _last_that_fits(candidates: list[_Tuning]) -> _Tuning | None:
@@ -335,7 +358,7 @@ def _memory(tuning: _Tuning) -> dict[str, Memory]:
     Without a GPU Ollama loads the file instead of mapping it (`--load-mode none`): what is repacked is there once,
     and nothing of it could be dropped.
     """
-    taken = memory(tuning.shape, _memory_settings(tuning))
+    taken = needs(tuning.shape, _memory_settings(tuning))
     on_gpus = {
         gpu.id: Memory(part.model_mib, part.context_mib, part.compute_mib, part.overhead_mib)
         for gpu, part in zip(tuning.gpus, taken.gpus, strict=True)
@@ -355,18 +378,13 @@ def _memory(tuning: _Tuning) -> dict[str, Memory]:
 def _gpu_shortfall(tuning: _Tuning) -> Iterator[str]:
     taken, target = _memory(tuning), tuning.value("fit_target")
     for gpu in tuning.gpus:
-        need = taken[gpu.id].total_mib + target
-        if need > gpu.free_mib:
-            over, free = need - gpu.free_mib, gpu.free_mib
-            yield f"{gpu.id} needs {need:.0f} MiB, {free:.0f} MiB are free: {over:.0f} MiB too much"
+        yield from too_much(gpu.id, taken[gpu.id].total_mib + target, gpu.free_mib)
 
 
 def _shortfall(tuning: _Tuning) -> Iterator[str]:
     """Say by how much each device is too small."""
     yield from _gpu_shortfall(tuning)
-    need, free = _memory(tuning)["host"].total_mib, tuning.budget.ram_mib
-    if need > free:
-        yield f"RAM: needs {need:.0f} MiB, {free:.0f} MiB are free: {need - free:.0f} MiB too much"
+    yield from too_much("RAM", _memory(tuning)["host"].total_mib, tuning.budget.ram_mib)
 
 
 def _fits(tuning: _Tuning) -> bool:
@@ -381,10 +399,14 @@ def _ways_to_fit(tuning: _Tuning) -> Iterator[str]:
         yield "cache_ram: 0MiB"
     if tuning.value("kv_cache_type") == "f16" and _fits(tuning.but(kv_cache_type=Choice("q8_0", ""))):
         yield "kv_cache_type: q8_0"
-    shorter = [n for n in (65_536, 32_768, 16_384, 8192, 4096, 2048) if n < tuning.value("context_length")]
-    fitting = (n for n in shorter if _fits(tuning.but(context_length=Choice(n, ""))))
-    if n := next(fitting, None):
-        yield f"context_length: {n}"
+    shorter = [*range(tuning.value("context_length") // 1024 * 1024, 1023, -1024), 512]
+    shorter = [n for n in shorter if n < tuning.value("context_length")]
+    found = bisect.bisect_left(shorter, x=True, key=lambda n: _fits(tuning.but(context_length=Choice(n, ""))))
+    if found < len(shorter):
+        yield f"context_length: {shorter[found]}"
+    fewer = (n for n in (8, 4, 2, 1) if n < tuning.value("num_parallel"))
+    if n := next((n for n in fewer if _fits(tuning.but(num_parallel=Choice(n, "")))), None):
+        yield f"num_parallel: {n}"
 
 
 def _warnings(request: Request, tuning: _Tuning) -> Iterator[str]:

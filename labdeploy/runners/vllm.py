@@ -157,6 +157,7 @@ class Vllm:
     settings = VllmSettings
     default_binary = "/opt/labdeploy/runners/vllm/current/bin/vllm"
     owned_flags = OWNED_FLAGS
+    measures_gpu = True
     sizes_itself = True
 
     def plan(self, request: Request, budget: Budget) -> ServicePlan:

@@ -215,7 +215,7 @@ def test_what_does_not_fit_says_by_how_much():
     host = budget(ram_mib=8 * 1024)
     planned = plan(request(context_length=32768), host)
     assert not planned.fits
-    assert planned.shortfall[0].startswith("RAM: needs")
+    assert planned.shortfall[0].startswith("RAM needs")
     assert planned.ways_to_fit
     for way in planned.ways_to_fit:
         key, text = way.split(": ")

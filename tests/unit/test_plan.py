@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import TYPE_CHECKING
 
@@ -434,3 +435,113 @@ def test_a_gpu_without_memory_is_refused(lab: Lab):
     for runner, model in (("llama-server", "qwen3-4b"), ("ollama", "qwen3-4b"), ("vllm", "qwen2.5-7b-awq")):
         plan = lab.plan(gpu("1MiB"), a=f"runner: {runner}, model: {model}, port: 1")
         assert plan.planned_mib("gpu0") == 0 or not plan.fits
+
+
+# --- several services on one host ---------------------------------------------------------------------------------
+
+BIG_AND_SMALL = "cpu: {cores: 8}, ram: 64GiB, gpus: [{name: RTX 3090, vram: 24GiB}, {name: RTX 3060, vram: 12GiB}]"
+TRIO = {
+    "small": "runner: llama-server, model: qwen3-4b, port: 1",
+    "large": "runner: llama-server, model: qwen3-30b, port: 2",
+    "middle": "runner: ollama, model: qwen3-8b, port: 3, context_length: 4096",
+}
+
+
+@pytest.mark.parametrize("names", list(itertools.permutations(TRIO)))
+def test_the_order_of_the_inventory_decides_nothing(lab: Lab, names: tuple[str, ...]):
+    """Whatever stands first, the large model has the large card to itself and all three are wholly on GPUs."""
+    plan = lab.plan(BIG_AND_SMALL, **{name: TRIO[name] for name in names})
+    assert plan.fits
+    assert [each.name for each in plan.services] == list(names)
+    assert not any(service.computes_on_cpu for service in plan.services)
+    assert [gpu.id for gpu in named(plan, "large").gpus] == ["gpu0"]
+    first = lab.plan(BIG_AND_SMALL, **TRIO)
+    assert planning.to_json(plan)["services"] == {name: planning.to_json(first)["services"][name] for name in names}
+
+
+def test_all_fit_where_they_can_in_any_order(lab: Lab):
+    """30B needs the card that 4B would take first; with both pinned to nothing, nobody is put on the CPU."""
+    hardware = "cpu: {cores: 8}, ram: 24GiB, gpus: [{name: RTX 3090, vram: 24GiB}, {name: GTX 1660, vram: 6GiB}]"
+    for order in (("a", "b"), ("b", "a")):
+        keys = {
+            "a": "runner: llama-server, model: qwen3-4b, port: 1, ctx_size: 8192",
+            "b": "runner: llama-server, model: qwen3-30b, port: 2, ctx_size: 16384",
+        }
+        plan = lab.plan(hardware, **{name: keys[name] for name in order})
+        assert plan.fits
+        assert [gpu.id for gpu in named(plan, "a").gpus] == ["gpu1"]
+        assert [gpu.id for gpu in named(plan, "b").gpus] == ["gpu0"]
+
+
+def test_who_measures_a_gpu_starts_after_the_others_on_it(lab: Lab):
+    """First the fixed service, then Ollama, then vLLM, though the inventory names them the other way round."""
+    services = {
+        "v": "model: qwen2.5-7b-awq, port: 1",
+        "o": "runner: ollama, model: qwen3-4b, port: 2, context_length: 4096",
+        "l": "runner: llama-server, model: qwen3-4b, port: 3, ctx_size: 4096",
+    }
+    plan = lab.plan(RTX, **services)
+    assert plan.fits
+    assert [service.name for service in plan.start_order] == ["l", "o", "v"]
+    assert named(plan, "l").after == ()
+    assert named(plan, "o").after == ("labdeploy-l.service",)
+    assert named(plan, "v").after == ("labdeploy-l.service", "labdeploy-o.service")
+
+
+def test_cores_go_to_those_who_compute_on_them(lab: Lab):
+    """A service wholly on the GPU feeds it with four threads; the one on the CPU has the others."""
+    plan = lab.plan(
+        gpu("24GiB", cores=16),
+        a="runner: llama-server, model: qwen3-8b, port: 1",
+        b="runner: llama-server, model: qwen3-4b, port: 2, gpus: []",
+    )
+    assert (value(plan, "threads", "a"), value(plan, "threads", "b")) == (4, 12)
+    asked = lab.plan(
+        "cpu: {cores: 16}, ram: 64GiB",
+        a="runner: llama-server, model: qwen3-8b, port: 1, threads: 10",
+        b="runner: llama-server, model: qwen3-4b, port: 2",
+    )
+    assert (value(asked, "threads", "a"), value(asked, "threads", "b")) == (10, 6)
+
+
+# --- what would make it fit ---------------------------------------------------------------------------------------
+
+
+def test_three_ways_to_fit_least_loss_first(lab: Lab):
+    """A slower prompt, then a cache of half the precision, then less context."""
+    keys = "runner: llama-server, model: qwen3-8b, gpu_layers: 37, ctx_size: 28672, port: 1"
+    ways = named(lab.plan(gpu("9GiB"), a=keys)).ways_to_fit
+    assert len(ways) == 3
+    assert ways[0] == "cache_type_k: q8_0, cache_type_v: q8_0"
+    assert ways[1].startswith("ctx_size: ")
+    assert ways[2].startswith("gpu_layers: ")
+    preferred = named(lab.plan(gpu("9GiB"), a=f"{keys}, prefer: context")).ways_to_fit
+    assert [way.split(":")[0] for way in preferred[1:3]] == ["gpu_layers", "ctx_size"]
+
+
+def test_a_model_that_fits_nowhere_is_answered_with_one_that_does(lab: Lab):
+    """The largest of the inventory that fits, as the line to write; in the text, in JSON and in the error."""
+    lab.copy_lock()
+    lab.host(gpu("8GiB", ram="16GiB"), a="runner: llama-server, model: llama3-70b, port: 1")
+    ran = lab.run("plan")
+    assert ran.code == 3
+    assert "would fit with: model: qwen3-30b" in ran.out
+    assert "hint: hosts.h.services.a: `model: qwen3-30b`" in ran.err
+    assert lab.plan(gpu("8GiB", ram="16GiB"), a="runner: llama-server, model: qwen3-30b, port: 1").fits
+
+
+def test_a_way_to_fit_takes_no_other_service_its_place(lab: Lab):
+    """What is offered was planned with the others of the host: written, all of them fit."""
+    keys = {
+        "a": "runner: llama-server, model: qwen3-8b, gpu_layers: 37, ctx_size: 40960, port: 1",
+        "b": "runner: llama-server, model: qwen3-4b, gpu_layers: 37, ctx_size: 32768, port: 2",
+    }
+    plan = lab.plan(gpu("16GiB"), **keys)
+    broken = [service for service in plan.services if not service.fits]
+    assert broken
+    for service in broken:
+        assert service.ways_to_fit
+        for way in service.ways_to_fit:
+            changed = dict(pair.split(": ") for pair in (keys[service.name] + ", " + way).split(", "))
+            written = {**keys, service.name: ", ".join(f"{key}: {to}" for key, to in changed.items())}
+            assert lab.plan(gpu("16GiB"), **written).fits, way

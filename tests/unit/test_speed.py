@@ -5,9 +5,14 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
+import fleet_of_1000 as fleet
 from conftest import TOP
+
+from labdeploy import plan as planning
+from labdeploy import render
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,3 +47,22 @@ def test_four_machines_are_rendered_at_once(tmp_path: Path, capsys: pytest.Captu
     with capsys.disabled():
         sys.stdout.write(f"\nlabdeploy render: {taken:.0f} ms\n")
     assert taken < 800
+
+
+def test_a_thousand_hosts_are_planned_and_rendered_in_two_seconds(capsys: pytest.CaptureFixture[str]):
+    """3000 services of 8 kinds of hosts in 4 sizes: one to two GPUs or none, dense, MoE and hybrid models, all runners.
+
+    Processor time, cold: nothing is remembered from before.
+    """
+    hosts, book = list(fleet.hosts(1000)), fleet.new_book()
+    list(book.known("/srv/models"))  # as a command does once, for however many hosts
+    before = time.process_time()
+    environment = render.environment()
+    plans = [planning.plan_host(host, book) for host in hosts]
+    files = [render.render_host(plan, environment) for plan in plans]
+    taken = time.process_time() - before
+    with capsys.disabled():
+        sys.stdout.write(f"\n1000 hosts x 3 services planned and rendered: {taken:.2f} s\n")
+    assert all(plan.fits for plan in plans)
+    assert sum(len(tree) for tree in files) == 1000 * 8
+    assert taken < 2
