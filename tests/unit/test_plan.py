@@ -545,3 +545,11 @@ def test_a_way_to_fit_takes_no_other_service_its_place(lab: Lab):
             changed = dict(pair.split(": ") for pair in (keys[service.name] + ", " + way).split(", "))
             written = {**keys, service.name: ", ".join(f"{key}: {to}" for key, to in changed.items())}
             assert lab.plan(gpu("16GiB"), **written).fits, way
+
+
+def test_a_preference_without_effect_is_told(lab: Lab):
+    """Layers are nothing that vLLM could give up; the others can."""
+    vllm = lab.plan(RTX, a="model: qwen2.5-7b-awq, port: 1, prefer: context")
+    assert any("prefer changes nothing" in text for text in named(vllm).warnings)
+    other = lab.plan(RTX, a="model: qwen3-8b, port: 1, prefer: context")
+    assert not any("prefer" in text for text in named(other).warnings)
