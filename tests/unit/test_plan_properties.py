@@ -142,7 +142,7 @@ def services(draw: st.DrawFn) -> list[Service]:
 def test_more_vram_never_gives_fewer_layers_or_less_context(
     model: str, prefer: str, vrams: list[int], ram: int, more: int, data: st.DataObject
 ):
-    """On any GPU of a host: neither goes down, and no expert leaves the GPU; layers only for context that is preferred."""
+    """On any GPU of a host: neither goes down, and no expert leaves; layers go only for context that is preferred."""
     which = data.draw(st.integers(0, len(vrams) - 1))
     larger = [n + (more if i == which else 0) for i, n in enumerate(vrams)]
     before = alone(vrams, ram, llama(model, prefer))
