@@ -14,14 +14,9 @@ from labdeploy.hardware import Gpu
 from labdeploy.models.model import ModelFacts
 from labdeploy.models.safetensors import Snapshot
 from labdeploy.runners.base import Budget, GpuBudget, Request
-from labdeploy.runners.vllm import (
-    RUNNER,
-    VllmSettings,
-    activation_bytes,
-    kv_bytes_per_token,
-    n_graphs,
-    weights_bytes,
-)
+from labdeploy.runners.vllm import RUNNER
+from labdeploy.runners.vllm_memory import activation_bytes, kv_bytes_per_token, n_graphs, weights_bytes
+from labdeploy.runners.vllm_settings import VllmSettings
 from labdeploy.schema import Mib
 
 if TYPE_CHECKING:
