@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup system demo test unit fleet faults lint docs clean
+.PHONY: setup system demo test unit fleet vllm faults lint docs clean
 
 setup: $(VENV)/.done
 
@@ -25,14 +25,19 @@ lint: setup system
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	shellcheck -s sh labdeploy/apply.sh tests/system-packages.sh
+	shellcheck -s sh labdeploy/apply.sh labdeploy/builds.sh tests/system-packages.sh
 
 unit: setup system
 	$(BIN)/python -m pytest tests/unit -n 2
 
 fleet: setup system
 	$(BIN)/python -m pytest tests/fleet -n 2 --ignore tests/fleet/test_faults.py \
-		--ignore tests/fleet/test_power.py --ignore tests/fleet/test_many_pushes.py
+		--ignore tests/fleet/test_power.py --ignore tests/fleet/test_many_pushes.py \
+		--ignore tests/fleet/test_vllm.py
+
+# A real vLLM (585 MB of wheels at the first run) through its whole life; some ten minutes.
+vllm: setup system
+	$(BIN)/python -m pytest tests/fleet/test_vllm.py --durations=10
 
 # Every fault at every step; hours. Not yet part of `make test`: docs/faults.md says where it stands.
 faults: setup system

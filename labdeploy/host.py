@@ -47,9 +47,9 @@ class Line:
 
 
 @functools.cache
-def program() -> bytes:
-    """Read the program that runs on hosts."""
-    return (Path(__file__).parent / "apply.sh").read_bytes()
+def program(name: str = "apply.sh") -> bytes:
+    """Read a program that runs on hosts."""
+    return (Path(__file__).parent / name).read_bytes()
 
 
 class HostConnection:
@@ -92,19 +92,21 @@ class HostConnection:
         self,
         verb: str,
         *args: str,
-        payload: bytes = b"",
+        payload: bytes | Callable[[Callable[[bytes], object]], None] = b"",
         on_line: Callable[[Line], None] | None = None,
         timeout_s: float = ANSWER_S,
+        name: str = "apply.sh",
     ) -> list[Line]:
-        """Run the program on the host and give its answer; `on_line` sees each line as it arrives.
+        """Run one of our programs on the host and give its answer; `on_line` sees each line as it arrives.
 
-        One exec: the program and the payload travel on its standard input. Raises HostError when the connection
-        breaks or sudo wants a password.
+        One exec: the program and the payload travel on its standard input. A payload that is too big to hold is a
+        function that writes it. Raises HostError when the connection breaks or sudo wants a password.
         """
         lines: list[Line] = []
-        with self._channel(_bootstrap(verb, *args), timeout_s) as channel:
+        with self._channel(_bootstrap(program(name), verb, *args), timeout_s) as channel:
             with contextlib.suppress(OSError):  # the program may answer and end without reading all of it
-                channel.sendall(program() + payload)
+                channel.sendall(program(name))
+                payload(channel.sendall) if callable(payload) else channel.sendall(payload)
                 channel.shutdown_write()
             for text in self._lines(channel):
                 kind, *fields = text.split("\t")
@@ -335,7 +337,7 @@ def _as_root(command: str) -> str:
     return f"exec /bin/sh -c {shlex.quote(inner)}"
 
 
-def _bootstrap(verb: str, *args: str) -> str:
+def _bootstrap(code: bytes, verb: str, *args: str) -> str:
     """Write the command that reads the program from standard input and runs one of its verbs."""
-    start = f'PROGRAM=$(head -c {len(program())}) && eval "$PROGRAM"'
+    start = f'PROGRAM=$(head -c {len(code)}) && eval "$PROGRAM"'
     return _as_root(f"set -- {shlex.join((verb, *args))}; {start}")

@@ -2,8 +2,10 @@
 
     models:
       qwen: {format: gguf, size_bytes: ..., metadata: {...}, tensors: [...]}
+    builds:
+      gpu1: {vllm: {use: 0.33.0-1f2e3d4c, installed: [0.33.0-1f2e3d4c]}}
 
-Written by `inspect --add` (and later `probe`), never by hand.
+Written by `inspect --add` and `runner` (and later `probe`), never by hand.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import yaml
 from labdeploy.errors import InventoryError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -37,9 +40,24 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def add_model(path: Path, name: str, entry: dict[str, Any]) -> None:
-    """Put one model's facts into the lock, replacing what was known of it, in one rename."""
+    """Put one model's facts into the lock, replacing what was known of it."""
     content = read(path)
     content["models"] = dict(sorted({**content.get("models", {}), name: entry}.items()))
+    _write(path, content)
+
+
+def set_builds(path: Path, host: str, runner: str, *, installed: Iterable[str], use: str | None) -> None:
+    """Note which builds of a runner a host has, and which one its services name."""
+    content = read(path)
+    builds = content.setdefault("builds", {})
+    entry = {"use": use, "installed": sorted(installed)} if use else {"installed": sorted(installed)}
+    builds[host] = dict(sorted({**builds.get(host, {}), runner: entry}.items()))
+    content["builds"] = dict(sorted(builds.items()))
+    _write(path, content)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Write the whole lock in one rename."""
     text = _HEAD + yaml.dump(content, Dumper=_DUMPER, sort_keys=False, width=110, allow_unicode=True)
     fresh = path.with_name(path.name + ".tmp")
     fresh.write_text(text, encoding="utf-8")

@@ -6,6 +6,8 @@ Facts about flags are of vLLM 0.33.0 unless said otherwise; docs/planning.md exp
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from labdeploy.errors import InventoryError
@@ -110,6 +112,7 @@ class Vllm:
             warnings=tuple(_warnings(request, engine, budget)),
             facts={
                 "exec": _with_key(request, argv),
+                "build": PurePosixPath(request.binary).parent.parent.name or "default",
                 "restart_s": RESTART_S,
                 "starts": STARTS,
                 "start_limit_s": STARTS * (deadline_s + stop_timeout_s + RESTART_S),
@@ -361,11 +364,13 @@ def _ways_to_fit(engine: Engine) -> Iterator[str]:
 def _warnings(request: Request, engine: Engine, budget: Budget) -> Iterator[str]:
     yield from _device_warnings(engine, budget)
     yield from _model_warnings(engine)
-    if request.bind in ("127.0.0.1", "::1"):
-        return
+    if "/current/" in request.binary:
+        yield "no build is named, so a rollback cannot bring back its vLLM: labdeploy runner install HOST vllm VERSION"
     if request.api_key_file:
-        yield f"listens on {request.bind}: the key guards /v1 only; /metrics and /tokenize are open to all"
-    else:
+        yield "the key guards /v1, /v2 and /inference; /invocations, /tokenize, /metrics and /docs answer without it"
+    if ipaddress.ip_address(request.bind).is_loopback:
+        return
+    if not request.api_key_file:
         yield f"listens on {request.bind} without an API key: anyone who reaches the port can use it"
 
 
@@ -528,6 +533,9 @@ def _env(engine: Engine, budget: Budget) -> dict[str, str]:
         "VLLM_LOGGING_COLOR": "0",
         "VLLM_DISABLE_LOG_LOGO": "1",
         "PYTHONUNBUFFERED": "1",
+        # Its processes find each other on this host alone; else gloo listens at the address of the host's name.
+        "VLLM_HOST_IP": "127.0.0.1",
+        "GLOO_SOCKET_IFNAME": "lo",
     }
     if engine.gpus:
         return env

@@ -533,11 +533,18 @@ def test_the_key_reaches_the_environment_and_not_the_command_line(tmp_path: Path
 
 
 def test_open_ports_are_warned_of():
-    """With a key as well: it guards only a part of the routes."""
+    """With a key, wherever it listens, the routes that the key does not guard are named."""
     open_to_all = plan(request(more={"bind": "0.0.0.0"}), budget(gpu()))  # noqa: S104
     assert any("without an API key" in line for line in open_to_all.warnings)
     keyed = plan(request(more={"bind": "0.0.0.0", "api_key_file": "/etc/key"}), budget(gpu()))  # noqa: S104
-    assert any("guards /v1 only" in line for line in keyed.warnings)
+    assert any("/tokenize, /metrics and /docs answer without it" in line for line in keyed.warnings)
+    quiet = plan(request(more={"bind": "127.0.0.5", "binary": "/opt/x/bin/vllm"}), budget(gpu()))
+    assert quiet.warnings == ()
+
+
+def test_a_build_without_a_name_is_warned_of():
+    """A unit that names no versioned build cannot bring its vLLM back."""
+    assert any("no build is named" in line for line in plan(request(), budget(gpu())).warnings)
 
 
 def test_time_limits_hold_a_cold_start():
