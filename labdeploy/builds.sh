@@ -166,8 +166,12 @@ try_vllm() { # DEVICE it must find; the byte code that this compiles is what ser
     timeout "$START_S" "$new/bin/python" -c '
 from vllm.platforms import current_platform
 current_platform.import_kernels()
-import vllm.entrypoints.cli.main, vllm.entrypoints.cli.serve, vllm.entrypoints.openai.api_server
-import vllm.v1.engine.core, vllm.v1.worker.gpu_model_runner
+import importlib, vllm.entrypoints.cli.main, vllm.entrypoints.cli.serve
+for name in ("vllm.v1.engine.core", "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.cpu_model_runner"):
+    try:
+        importlib.import_module(name)  # what a service loads later; a version that has it elsewhere starts slower
+    except ImportError:
+        pass
 print("device", current_platform.device_type)
 ' >"$RUN/said" 2>&1 || give_up "it does not start here" \
         "labdeploy -v runner install ...  (shows more); another variant or version may"

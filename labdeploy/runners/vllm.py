@@ -391,8 +391,6 @@ def _model_warnings(engine: Engine) -> Iterator[str]:
     quantization = engine.asked.quantization or snapshot.quantization
     if snapshot.keeps_state:
         yield "some layers keep a state, not a KV cache: context memory is a guess, vLLM may refuse or fit more"
-    if snapshot.n_sliding_layers:
-        yield "layers with a sliding window are planned as if they kept all tokens: vLLM will hold more"
     if engine.dtype != snapshot.dtype and snapshot.dtype == "bfloat16":
         yield f"the model is in bfloat16, which these GPUs lack: it runs in {engine.dtype}"
     if quantization == "fp8" and capability and capability < FP8_CAPABILITY:
@@ -444,7 +442,7 @@ def _kv_mib(engine: Engine) -> float:
 def _len_choice(engine: Engine) -> Choice:
     most = engine.snapshot.default_model_len
     if engine.max_model_len == most:
-        return Choice(most, f"all {most} tokens of the model fit")
+        return Choice(most, f"all {most} tokens of the model fit, {engine.concurrency:.1f} such requests at once")
     kv = f"{max(0.0, engine.room_mib):.0f} MiB of KV cache"
     return Choice(engine.max_model_len, f"the largest that fits one request in {kv}, of {most}")
 

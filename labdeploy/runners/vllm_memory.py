@@ -6,6 +6,7 @@ Facts are of vLLM 0.33.0 unless said otherwise. Where vLLM measures at its start
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -113,23 +114,33 @@ class Engine:
         return 16 if self.gpus else 128
 
     @property
-    def block_bytes(self) -> int:
-        """One block of the KV cache, all layers."""
+    def kv_cache(self) -> KvCache:
+        """How the KV cache is laid out."""
         kv_bytes = 1 if (self.asked.kv_cache_dtype or "auto") != "auto" else DTYPE_BYTES[self.dtype]
-        return self.block_tokens * kv_bytes_per_token(self.snapshot, tp=self.tp, element_bytes=kv_bytes)
+        # Scheduling ahead of the GPU keeps two batches in flight (max_concurrent_batches); a CPU does not do it.
+        in_flight = self.max_num_batched_tokens * (2 if self.gpus else 1)
+        return kv_cache(
+            self.snapshot, tp=self.tp, element_bytes=kv_bytes, block_tokens=self.block_tokens, in_flight=in_flight
+        )
 
     def kv_mib(self, n_tokens: int) -> float:
-        """Give the KV cache that one request of this length needs.
-
-        One block more is the null block, one more what a sliding window may straddle; the margin is ours.
-        """
-        return (-(-n_tokens // self.block_tokens) + 2) * self.block_bytes / MIB / KV_MARGIN
+        """Give what one request of this length needs of the KV cache, with the null block; the margin is ours."""
+        return (self.kv_cache.blocks_for(n_tokens) + 1) * self.kv_cache.block_bytes / MIB / KV_MARGIN
 
     @property
     def longest(self) -> int:
         """The longest request that fits, in whole blocks; at most what vLLM takes unasked."""
-        blocks = math.floor(self.room_mib * KV_MARGIN * MIB / self.block_bytes) - 2
-        return min(max(0, blocks) * self.block_tokens, self.snapshot.default_model_len)
+        cache, most = self.kv_cache, self.snapshot.default_model_len
+        blocks = math.floor(self.room_mib * KV_MARGIN * MIB / cache.block_bytes) - 1
+        if cache.blocks_for(most) <= blocks:
+            return most
+        lengths = range(0, most + 1, self.block_tokens)
+        return lengths[max(0, bisect.bisect_right(lengths, blocks, key=cache.blocks_for) - 1)]
+
+    @property
+    def concurrency(self) -> float:
+        """How many of the longest requests the KV cache holds at once; vLLM logs it at its start."""
+        return self.kv_cache.concurrency(int(max(0.0, self.room_mib) * MIB), self.max_model_len)
 
     @property
     def least_len(self) -> int:
@@ -167,27 +178,73 @@ def weights_bytes(snapshot: Snapshot, dtype: str) -> int:
     )
 
 
-def kv_bytes_per_token(snapshot: Snapshot, *, tp: int, element_bytes: int) -> int:
-    """Give the bytes that one token takes in the KV cache of one GPU, all layers (v1/kv_cache_interface.py).
+@dataclass(frozen=True)
+class KvCache:
+    """How vLLM divides its KV cache on one GPU: blocks of some tokens, each for the layers of one group.
 
-    A layer keeps K and V of `head_dim` for each of its KV heads; with MLA one latent vector, on every GPU. Layers
-    with a sliding window are counted as if they kept everything, and mixed models by the groups that vLLM pads
-    them to (v1/core/kv_cache_planning.py): an upper bound.
+    Equal to what vLLM reports at its start (`num_gpu_blocks`, `Maximum concurrency`): tests/fleet/test_vllm.py.
+    Source: v1/core/kv_cache_utils.py and v1/kv_cache_interface.py, vLLM 0.32.0.
+    """
+
+    block_tokens: int
+    block_bytes: int
+    full_groups: int
+    sliding_groups: int
+    window: int
+    """Tokens that a layer with a sliding window looks back on; what is older is dropped."""
+    in_flight: int
+    """Tokens that may be scheduled and not yet computed: they are kept beside the window."""
+
+    def blocks_for(self, n_tokens: int) -> int:
+        """Count the blocks of one request; a window that straddles a boundary takes one more."""
+        kept = min(self.window - 1 + self.in_flight, n_tokens)
+        full, sliding = -(-n_tokens // self.block_tokens), -(-kept // self.block_tokens) + 1
+        return self.full_groups * full + self.sliding_groups * sliding
+
+    def n_blocks(self, cache_bytes: int) -> int:
+        """Count the blocks of a cache of this size."""
+        return cache_bytes // self.block_bytes
+
+    def concurrency(self, cache_bytes: int, n_tokens: int) -> float:
+        """Give how many requests of this length a cache holds at once."""
+        return self.n_blocks(cache_bytes) / self.blocks_for(n_tokens)
+
+
+def kv_cache(snapshot: Snapshot, *, tp: int, element_bytes: int, block_tokens: int, in_flight: int) -> KvCache:
+    """Lay out the KV cache of a model on one of `tp` GPUs."""
+    layers, full, sliding = _groups(snapshot)
+    layer_bytes = kv_bytes_per_token(snapshot, tp=tp, element_bytes=element_bytes)
+    return KvCache(
+        block_tokens=block_tokens,
+        block_bytes=block_tokens * layers * layer_bytes,
+        full_groups=full,
+        sliding_groups=sliding,
+        window=snapshot.sliding_window or 0,
+        in_flight=in_flight,
+    )
+
+
+def kv_bytes_per_token(snapshot: Snapshot, *, tp: int, element_bytes: int) -> int:
+    """Give the bytes that one token takes in one layer on one GPU (v1/kv_cache_interface.py).
+
+    K and V of `head_dim` for each of its KV heads; with MLA one latent vector, on every GPU.
     """
     if snapshot.is_mla:
-        return snapshot.n_layer * (snapshot.kv_lora_rank + snapshot.qk_rope_head_dim) * element_bytes
-    heads = max(1, snapshot.n_key_value_heads // tp)
-    return _cached_layers(snapshot) * heads * 2 * snapshot.head_dim * element_bytes
+        return (snapshot.kv_lora_rank + snapshot.qk_rope_head_dim) * element_bytes
+    return max(1, snapshot.n_key_value_heads // tp) * 2 * snapshot.head_dim * element_bytes
 
 
-def _cached_layers(snapshot: Snapshot) -> int:
-    """Count layers as vLLM groups them: full and sliding ones in groups of one size, the last ones padded."""
+def _groups(snapshot: Snapshot) -> tuple[int, int, int]:
+    """Give the layers of a group, and how many groups keep all tokens and how many a window.
+
+    All groups are of one size, the last ones padded: the smaller kind's, or the larger's where they differ little.
+    """
     full, sliding = snapshot.n_layer - snapshot.n_sliding_layers, snapshot.n_sliding_layers
     if not full or not sliding:
-        return snapshot.n_layer
+        return snapshot.n_layer, int(full > 0), int(sliding > 0)
     small, large = sorted((full, sliding))
     size = large if 2 * large < 3 * small else small
-    return size * (-(-full // size) + -(-sliding // size))
+    return size, -(-full // size), -(-sliding // size)
 
 
 def activation_bytes(snapshot: Snapshot, *, tokens: int, seqs: int, tp: int, dtype_bytes: int) -> int:

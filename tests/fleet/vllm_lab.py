@@ -131,6 +131,14 @@ class VllmLab(Lab):
         with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310
             yield from (line[6:].decode().strip() for line in answer if line.startswith(b"data: "))
 
+    def in_build(self, name: str, script: str, argument: Any) -> tuple[list[Any], str]:  # noqa: ANN401
+        """Run a script of this folder in the Python of a build on the host; gives its reports and all it said."""
+        sandbox.copy_in(self.host, Path(__file__).with_name(script), f"/srv/{script}")
+        python = f"/opt/labdeploy/runners/vllm/{name}/bin/python"
+        done = sandbox.run(self.host, python, f"/srv/{script}", json.dumps(argument), check=False, timeout_s=START_S)
+        lines = [line.removeprefix("REPORT ") for line in done.stdout.splitlines() if line.startswith("REPORT ")]
+        return [json.loads(line) for line in lines], done.stdout + done.stderr
+
     def program(self) -> str:
         """Give the program that runs as the service, as the unit that is loaded names it."""
         return self.show("ExecStart").partition("path=")[2].partition(" ;")[0]
