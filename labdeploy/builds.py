@@ -209,14 +209,14 @@ def read_lock(path: Path) -> WheelLock:
 
 
 def find_lock(folder: Path, version: str, facts: Facts) -> WheelLock:
-    """Pick the lock of a version that suits a host: one that nothing speaks against, the newest CUDA first."""
+    """Pick the lock of a version that suits a host: the newest CUDA first, then a Python that is there already."""
     found = [read_lock(path) for path in sorted((folder / LOCKS).glob(f"vllm-{version}-*.lock.txt"))]
     if not found:
         raise InventoryError(
             f"no lock of vLLM {version} in {folder / LOCKS}",
             hint=f"labdeploy runner lock vllm {version}  (--help shows variants and Pythons)",
         )
-    by_fit = sorted(found, key=lambda lock: (lock.asks.driver, lock.python), reverse=True)
+    by_fit = sorted(found, key=lambda lock: (lock.asks.driver, lock.python in facts.pythons, lock.python), reverse=True)
     suits = [
         lock for lock in by_fit if not list(refusals(lock, facts)) and (lock.asks.device == "cuda") == has_gpu(facts)
     ]

@@ -26,7 +26,7 @@ PYTHONS=/opt/labdeploy/python   # where uv puts a Python that the system does no
 TOOLS=/opt/labdeploy/tools
 ROOT=/etc/labdeploy
 UNITS=/etc/systemd/system
-RUN=/run/labdeploy-build
+RUN=${0%/*}                     # of the service that runs this program; systemd makes and removes it
 START_S=300                     # a first start: vLLM compiles the byte code of all it imports
 
 emit() { _ifs=$IFS; IFS=$TAB; printf '%s\n' "$*" 2>/dev/null; IFS=$_ifs; return 0; }
@@ -69,8 +69,7 @@ ls_builds() {
     done
     emit fact uv "$(uv --version 2>/dev/null | cut -d' ' -f2)"
     find "$TOOLS" -name 'uv-*' 2>/dev/null | while IFS= read -r _uv; do emit fact tool "${_uv##*/}"; done
-    mkdir -p "$BUILDS" 2>/dev/null
-    emit fact room_kib "$(df -Pk "$BUILDS" | awk 'NR == 2 { print $4 }')"
+    emit fact room_kib "$(df -Pk "$(first_there "$BUILDS" /opt /)" | awk 'NR == 2 { print $4 }')"
     emit fact driver "$(cat /sys/module/nvidia/version 2>/dev/null)"
     nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null |
         while IFS= read -r _capability; do emit fact capability "$_capability"; done
@@ -80,6 +79,10 @@ ls_builds() {
                 "$(sed -n 's/^at=//p' "$BUILDS/$_runner/$_name/build" 2>/dev/null)" "$(named_by "$_runner" "$_name")"
         done
     done
+}
+
+first_there() { # PATHS
+    for _path; do [ ! -d "$_path" ] || { printf '%s' "$_path" && return; }; done
 }
 
 named_by() { # RUNNER NAME: prints the numbers of the generations whose units name it, and `installed`
@@ -94,14 +97,15 @@ named_by() { # RUNNER NAME: prints the numbers of the generations whose units na
 # --- installing -----------------------------------------------------------------------------------------------
 
 as_service() { # UNIT DESCRIPTION VERB ARGS...: a verb of this program as a service that outlives the connection
-    _unit=$1 _about=$2
+    _unit=$1 _about=$2 _run=/run/${1%.service}
+    [ "$_unit" = labdeploy-build.service ] || _run=/run/labdeploy-build-rm # apply.sh has a folder of the other name
     shift 2
     _size=$(printf '%s\n' "$PROGRAM" | wc -c)
     exec 3>&1
     _said=$({ printf '%s\n' "$PROGRAM" && cat; } 2>/dev/null | systemd-run --quiet --collect --pipe --wait \
         --service-type=exec --unit="$_unit" --description="$_about" \
-        -p RuntimeDirectory="${RUN#/run/}" -p RuntimeDirectoryMode=0700 -p RuntimeMaxSec=7200 \
-        /bin/sh -c "head -c $_size >$RUN/program && . $RUN/program" "$RUN/program" "$@" 2>&1 >&3 3>&-)
+        -p RuntimeDirectory="${_run#/run/}" -p RuntimeDirectoryMode=0700 -p RuntimeMaxSec=7200 \
+        /bin/sh -c "head -c $_size >$_run/program && . $_run/program" "$_run/program" "$@" 2>&1 >&3 3>&-)
     _rc=$?
     case $_said in
         *"already loaded"* | *"already exists"*)
@@ -112,6 +116,7 @@ as_service() { # UNIT DESCRIPTION VERB ARGS...: a verb of this program as a serv
 }
 
 begin() { # RUNNER NAME: an empty folder beside the place of the build; what an earlier attempt left goes
+    free_of_pushes # asked again now that this has its own lock: rm, which has a push's, asks for this one in turn
     runner=$1 name=$2 final=$BUILDS/$1/$2
     [ ! -e "$final" ] || { emit result unchanged && exit 0; }
     find "$BUILDS" -mindepth 2 -maxdepth 2 -name '.*.new' -exec rm -rf {} + 2>/dev/null
@@ -221,6 +226,8 @@ place_program() { # PROGRAM: bin/PROGRAM, wherever in the archive it lies
 # --- removing -------------------------------------------------------------------------------------------------
 
 remove() { # RUNNER NAME
+    _who=$(holder labdeploy-build.service)
+    [ -z "$_who" ] || refuse 6 "another command holds it: $_who" "wait for it to end, then try again"
     final=$BUILDS/$1/$2
     [ -d "$final" ] || refuse 2 "there is no build $2 of $1 here" "labdeploy runner ls {host}"
     _names=$(named_by "$1" "$2")

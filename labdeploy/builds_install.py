@@ -54,11 +54,13 @@ class Installer:
     def vllm(self, version: str, *, lock_path: Path | None = None, wheels: Path | None = None) -> Done:
         """Install vLLM from a lock: what speaks against it is said before a byte is downloaded."""
         with HostConnection(self.host, self.inventory.folder) as connection:
-            facts, _ = look(connection)
+            facts, there = look(connection)
             wanted = (
                 builds.read_lock(lock_path) if lock_path else builds.find_lock(self.inventory.folder, version, facts)
             )
             self._refuse(wanted, version, self._with_inventory(facts), offline=wheels is not None)
+            if wanted.name in [build.name for build in there if build.runner == "vllm"]:
+                return Done(wanted.name, "unchanged", self._note("vllm", added=wanted.name))
             files = builds.wheels_of(wanted, wheels) if wheels else []
             uv, bring_uv = _uv_for(facts, self.host.name)
             args = (wanted.name, wanted.python, wanted.shim, wanted.asks.device, uv)
