@@ -35,7 +35,8 @@ fleet: setup system
 		--ignore tests/fleet/test_power.py --ignore tests/fleet/test_many_pushes.py \
 		--ignore tests/fleet/test_vllm.py
 
-# A real vLLM (585 MB of wheels at the first run) through its whole life; some ten minutes.
+# A real vLLM through its whole life. Not part of `make test`: 585 MB of wheels at the first run, then 17 minutes on two
+# busy cores (most of it imports, and 50 000 files that come and go).
 vllm: setup system
 	$(BIN)/python -m pytest tests/fleet/test_vllm.py --durations=10
 
