@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup system demo test unit fleet faults lint docs bench-planner clean
+.PHONY: setup system demo test unit fleet vllm faults lint docs bench-planner clean
 
 setup: $(VENV)/.done
 
@@ -25,13 +25,18 @@ lint: setup system
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	shellcheck -s sh labdeploy/apply.sh labdeploy/facts/facts.sh tests/system-packages.sh
+	shellcheck -s sh labdeploy/apply.sh labdeploy/builds.sh labdeploy/facts/facts.sh tests/system-packages.sh
 
 unit: setup system
 	$(BIN)/python -m pytest tests/unit -n 2
 
 fleet: setup system
-	$(BIN)/python -m pytest tests/fleet -n 2
+	$(BIN)/python -m pytest tests/fleet -n 2 --ignore tests/fleet/test_vllm.py
+
+# A real vLLM through its whole life. Not part of `make test`: 585 MB of wheels at the first run, then 17 minutes on two
+# busy cores (most of it imports, and 50 000 files that come and go).
+vllm: setup system
+	$(BIN)/python -m pytest tests/fleet/test_vllm.py --durations=10
 
 # Every fault at every step, and 200 pushes in a row: hours. `make test` draws some of them.
 faults: setup system

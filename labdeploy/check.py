@@ -82,7 +82,7 @@ def _headers(connection: HostConnection, service: Service) -> dict[str, str]:
 def _completion(connection: HostConnection, service: Service, headers: dict[str, str]) -> Sample:
     """Stream one completion; a fresh nonce leads the prompt, so that no cached prefix flatters the figure."""
     body = {
-        "model": service.model,
+        "model": getattr(service.settings, "served_model_name", None) or service.model,
         "prompt": f"{secrets.token_hex(4)} Tell me about the weather today.",
         "max_tokens": MAX_TOKENS,
         "stream": True,

@@ -49,9 +49,9 @@ class Line:
 
 
 @functools.cache
-def program() -> bytes:
-    """Read the program that runs on hosts."""
-    return (Path(__file__).parent / "apply.sh").read_bytes()
+def program(name: str = "apply.sh") -> bytes:
+    """Read a program that runs on hosts."""
+    return (Path(__file__).parent / name).read_bytes()
 
 
 @functools.cache
@@ -100,16 +100,17 @@ class HostConnection:
         self,
         verb: str,
         *args: str,
-        payload: bytes = b"",
+        payload: bytes | Callable[[Callable[[bytes], object]], None] = b"",
         on_line: Callable[[Line], None] | None = None,
         timeout_s: float = ANSWER_S,
+        name: str = "apply.sh",
     ) -> list[Line]:
-        """Run the program on the host and give its answer; `on_line` sees each line as it arrives.
+        """Run one of our programs on the host and give its answer; `on_line` sees each line as it arrives.
 
-        One exec: the program and the payload travel on its standard input. Raises HostError when the connection
-        breaks or sudo wants a password.
+        One exec: the program and the payload travel on its standard input. A payload that is too big to hold is a
+        function that writes it. Raises HostError when the connection breaks or sudo wants a password.
         """
-        return self._run_program(program(), (verb, *args), payload, on_line, timeout_s)
+        return self._run_program(program(name), (verb, *args), payload, on_line, timeout_s)
 
     def ask_facts(self, *args: str) -> dict[str, tuple[str, ...]]:
         """Ask the host what it has (facts.sh), in one exec; the answer is the lines of each fact by its name."""
@@ -124,14 +125,15 @@ class HostConnection:
         self,
         text: bytes,
         words: tuple[str, ...],
-        payload: bytes = b"",
+        payload: bytes | Callable[[Callable[[bytes], object]], None] = b"",
         on_line: Callable[[Line], None] | None = None,
         timeout_s: float = ANSWER_S,
     ) -> list[Line]:
         lines: list[Line] = []
         with self._channel(_bootstrap(len(text), *words), timeout_s) as channel:
             with contextlib.suppress(OSError):  # the program may answer and end without reading all of it
-                channel.sendall(text + payload)
+                channel.sendall(text)
+                payload(channel.sendall) if callable(payload) else channel.sendall(payload)
                 channel.shutdown_write()
             for said in self._lines(channel):
                 kind, *fields = said.split("\t")

@@ -14,7 +14,7 @@ from labdeploy import sources
 from labdeploy.models import gguf, safetensors
 from labdeploy.models.shape import ModelShape, model_shape
 from labdeploy.runners.llama_memory import LlamaMemorySettings, memory
-from labdeploy.runners.vllm import kv_bytes_per_token
+from labdeploy.runners.vllm_memory import kv_bytes_per_token
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -166,7 +166,7 @@ def _snapshot(source: str, snapshot: safetensors.Snapshot) -> Inspection:
     entry = safetensors.to_lock(snapshot)
     facts = {key: value for key, value in entry.items() if not isinstance(value, dict)}
     facts |= {"arch": snapshot.model_type, "n_ctx_train": snapshot.max_model_len}
-    per_token = kv_bytes_per_token(snapshot, tp=1, element_bytes=2) / 2**20
+    per_token = snapshot.n_layer * kv_bytes_per_token(snapshot, tp=1, element_bytes=2) / 2**20
     contexts = {str(n): round(n * per_token, 2) for n in _contexts(snapshot.max_model_len)}
     lines = ["  KV cache in 16 bits, in MiB (vLLM shares one cache among all requests):"]
     lines += [f"  {n:>8}{mib:>9.0f}" for n, mib in contexts.items()]

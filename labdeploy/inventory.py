@@ -55,6 +55,11 @@ UnitName = Text("a unit name such as ollama.service", r"[A-Za-z0-9:_.-]{1,200}\.
 # Units that nobody means when they name a service of theirs, our own two among them.
 RESERVED_UNITS = ("labdeploy-txn.service", "labdeploy-recover.service", "systemd-*", "ssh*", "dbus*", "getty*")
 LEAST_RESERVE = (Mib(1024), Mib(512))  # RAM and VRAM left to the system, its desktop and growth at run time
+RunnerPlace = Text(
+    "a path, or a version or build of `runner ls`",
+    r"/(?!.*(?:^|/)\.\.(?:/|$)).+|[0-9A-Za-z][0-9A-Za-z.+_-]*",
+    "/usr/bin/llama-server, 0.33.0 or 0.33.0-1f2e3d4c",
+)
 Purpose = Literal["experiment", "service", "throughput"]
 
 
@@ -77,7 +82,9 @@ class Defaults:
     models_dir: str = setting(AbsolutePath, "folder on each host that holds the models", default="/srv/models")
     ssh: Ssh = setting(Record(Ssh), "how hosts are reached", default=Ssh())
     reserve: Reserve = setting(Record(Reserve), "memory that plans leave alone", default=Reserve())
-    runners: Mapping[str, str] = setting(MapOf(Name, AbsolutePath), "where each runner's program is", default=dict)
+    runners: Mapping[str, str] = setting(
+        MapOf(Name, RunnerPlace), "where each runner's program is, or which build of it", default=dict
+    )
 
 
 @dataclass(frozen=True)
@@ -203,7 +210,9 @@ class Host:
     ssh: Ssh = setting(Record(Ssh), "how it is reached", default=Ssh())
     reserve: Reserve = setting(Record(Reserve), "memory that plans leave alone", default=Reserve())
     models_dir: str | None = setting(AbsolutePath, "folder that holds its models", default=None)
-    runners: Mapping[str, str] = setting(MapOf(Name, AbsolutePath), "where each runner's program is", default=dict)
+    runners: Mapping[str, str] = setting(
+        MapOf(Name, RunnerPlace), "where each runner's program is, or which build of it", default=dict
+    )
     services: Mapping[str, Service] = setting(MapOf(Name, ServiceKind()), "what it shall serve", default=dict)
     name: str = ""
 
@@ -315,7 +324,7 @@ def _complete(name: str, host: Host, defaults: Defaults) -> Host:
         ssh=ssh,
         reserve=Reserve(ram, vram),
         models_dir=host.models_dir or defaults.models_dir,
-        runners={**{n: r.default_binary for n, r in RUNNERS.items()}, **defaults.runners, **host.runners},
+        runners={**defaults.runners, **host.runners},
         services={
             n: dataclasses.replace(service, name=n, unit=service.unit or default_unit(n))
             for n, service in host.services.items()

@@ -4,8 +4,10 @@
       qwen: {format: gguf, size_bytes: ..., metadata: {...}, tensors: [...]}
     hosts:
       gpu1: {os: ..., cpu: {...}, ram: {...}, gpus: [...], runners: {...}}     # facts/machine.py
+    builds:
+      gpu1: {vllm: {use: 0.33.0-1f2e3d4c, installed: [0.33.0-1f2e3d4c]}}
 
-Written by `inspect --add` and `probe`, never by hand.
+Written by `inspect --add`, `probe` and `runner`, never by hand.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ import yaml
 from labdeploy.errors import InventoryError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-_PARTS = ("models", "hosts", "flags")
+_PARTS = ("models", "hosts", "builds", "flags")
 _HEAD = "# Written by labdeploy from what machines and model files report. Commit it; do not edit it.\n"
 
 
@@ -43,9 +45,19 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def add_model(path: Path, name: str, entry: dict[str, Any]) -> None:
-    """Put one model's facts into the lock, replacing what was known of it, in one rename."""
+    """Put one model's facts into the lock, replacing what was known of it."""
     content = read(path)
     content["models"] = dict(sorted({**content.get("models", {}), name: entry}.items()))
+    write(path, content)
+
+
+def set_builds(path: Path, host: str, runner: str, *, installed: Iterable[str], use: str | None) -> None:
+    """Note which builds of a runner a host has, and which one its services name."""
+    content = read(path)
+    builds = content.setdefault("builds", {})
+    entry = {"use": use, "installed": sorted(installed)} if use else {"installed": sorted(installed)}
+    builds[host] = dict(sorted({**builds.get(host, {}), runner: entry}.items()))
+    content["builds"] = dict(sorted(builds.items()))
     write(path, content)
 
 

@@ -311,7 +311,7 @@ def _request(host: Host, service: Service, book: ModelBook) -> Request:
         runner=runner,
         runner_why=why,
         model=model,
-        binary=host.runners[runner],
+        binary=host.runners.get(runner, RUNNERS[runner].default_binary),
         bind=service.bind,
         port=service.port,
         settings=service.settings or RUNNERS[runner].settings(),

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from labdeploy import fleet, machines, sources
+from labdeploy.builds import with_programs
 from labdeploy.errors import InventoryError, LabdeployError, ModelError
 from labdeploy.facts import machine as facts
+from labdeploy.runners import RUNNERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +42,9 @@ def probe(inventory: Inventory, hosts: Sequence[Host], lock: Mapping[str, Any]) 
 def _probe_host(connection: HostConnection, inventory: Inventory, host: Host, lock: Mapping[str, Any]) -> Probed:
     paths = model_paths(inventory, host)
     software = any(gpu.maker == "software" for gpu in host.hardware.gpus)
-    runners = [f"{name}={path}" for name, path in sorted(host.runners.items())]
+    programs = {name: runner.default_binary for name, runner in RUNNERS.items()}
+    programs.update(with_programs(host, lock).runners)
+    runners = [f"{name}={path}" for name, path in sorted(programs.items())]
     parts = dict.fromkeys(part for path in paths.values() for part in sources.remote_parts(path))
     answer = connection.ask_facts(host.models_dir or "", "software" if software else "-", *parts, "--", *runners, "--")
     files = facts.parse_sizes(answer)

@@ -8,6 +8,7 @@ import textwrap
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from labdeploy.builds import known, program
 from labdeploy.errors import LabdeployError
 from labdeploy.facts import machine as facts
 from labdeploy.plan import setting_changes
@@ -15,6 +16,7 @@ from labdeploy.plan import setting_changes
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from labdeploy.builds import Build
     from labdeploy.check import Report
     from labdeploy.deploy import Outcome
     from labdeploy.facts.machine import Machine
@@ -440,3 +442,44 @@ def check_text(answers: Mapping[str, Any]) -> str:
             shown = ["-" if figure is None else f"{figure:.1f}" for figure in figures]
             rows.append((host, name, "healthy" if found.healthy else "NOT HEALTHY", *shown))
     return table(("HOST", "SERVICE", "HEALTH", "TTFT MS P50", "P95", "TOKENS/S"), rows)
+
+
+def builds_json(answers: Mapping[str, Sequence[Build]], lock: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the builds of hosts, each with what it takes and who names it."""
+    return {
+        host: [
+            {
+                "runner": build.runner,
+                "name": build.name,
+                "path": program(build.runner, build.name),
+                "size_mib": build.size_mib,
+                "at": build.at,
+                "used": known(lock, host, build.runner)[1] == build.name,
+                "generations": [int(word) for word in build.named_by.split() if word.isdigit()],
+                "installed": "installed" in build.named_by,
+            }
+            for build in found
+        ]
+        for host, found in answers.items()
+    }
+
+
+def builds_text(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Lay out the builds of hosts; `*` marks the chosen ones."""
+    if not any(rows.values()):
+        return "no builds; labdeploy runner install HOST RUNNER VERSION puts one there\n"
+    return table(
+        ("HOST", "RUNNER", "BUILD", "MIB", "INSTALLED", "GENERATIONS"),
+        [
+            (
+                host,
+                row["runner"],
+                row["name"] + (" *" if row["used"] else ""),
+                row["size_mib"],
+                row["at"],
+                " ".join(map(str, row["generations"])) or ("unit" if row["installed"] else "-"),
+            )
+            for host, found in rows.items()
+            for row in found
+        ],
+    )

@@ -1,14 +1,13 @@
 """vLLM: its settings, how they are chosen, and its command line.
 
-Facts about flags and memory are of vLLM 0.33.0 unless said otherwise. Where vLLM measures at its start what we must
-say before (activations, CUDA graphs), the formula here is an estimate on the safe side and says so.
+Facts about flags are of vLLM 0.33.0 unless said otherwise; docs/planning.md explains the choices for people.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from dataclasses import dataclass
+import ipaddress
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from labdeploy.errors import InventoryError
@@ -17,7 +16,6 @@ from labdeploy.runners.base import (
     Choice,
     GpuBudget,
     Health,
-    Memory,
     Request,
     ServicePlan,
     as_asked,
@@ -25,27 +23,20 @@ from labdeploy.runners.base import (
     device_env,
     start_timeout_s,
 )
-from labdeploy.schema import Bool, Int, ListOf, Mib, Number, OneOf, Size, Text, setting
+from labdeploy.runners.vllm_memory import (
+    CONTEXT_MIB,
+    CPU_BATCH,
+    MOST_UTILIZATION,
+    Engine,
+    hundredths,
+    memory,
+)
+from labdeploy.runners.vllm_settings import OWNED_ENV, OWNED_FLAGS, VllmSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from labdeploy.models.safetensors import Snapshot
-
-MIB = 1024 * 1024
-MOST_UTILIZATION = 0.92  # vLLM's own --gpu-memory-utilization; the rest is for what it does not count
-LEAST_LEN = 4096  # a chat with less context is hardly one
-KV_MARGIN = 0.95  # of the KV cache that one request may take: what is left is for our estimates being low
-
-# MiB of one GPU. The CUDA context is made before vLLM looks, so that it is not in its share (gpu_worker.py); drivers
-# take 300-600 for it. NCCL, cuBLAS and the allocator are in the share and take 200-500.
-CONTEXT_MIB = 512
-NON_TORCH_MIB = 512
-GRAPH_MIB = 16  # one captured batch size; 51 of them take 0.5-0.8 GiB with an 8B model
-# MiB of main memory. Measured on 0.32, CPU: API server, engine and worker take 1.5-2.0 GiB together (PSS, 4
-# processes). A CUDA worker has its libraries and pinned buffers beside.
-PROCESSES_MIB = 2048
-CUDA_WORKER_MIB = 3072
 
 COLD_START_S = 1800  # imports, a cold torch.compile and CUDA graphs of a new model or version
 EAGER_START_S = 600  # imports of three processes on a busy machine; nothing is compiled
@@ -58,9 +49,7 @@ STARTS = 4  # that may fail in a row before the unit stays failed
 BIG_GPU_MIB = 70 * 1024
 BIG_BATCH = (1024, 8192)
 BATCHES = ((256, 2048), (128, 2048), (64, 2048))
-CPU_BATCH = (16, 2048)
 
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 NO_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")  # config/model.py, _FLOAT16_NOT_SUPPORTED_MODELS
 # Least compute capability by quantization (docs/features/quantization, quantization/*.get_min_capability).
 LEAST_CAPABILITY = (7, 5)
@@ -74,80 +63,6 @@ QUANTIZATION_CAPABILITY = {
 }
 BF16_CAPABILITY = (8, 0)
 FP8_CAPABILITY = (8, 9)
-
-
-@dataclass(frozen=True)
-class VllmSettings:
-    """What an inventory may say about a vLLM service. Names are its flags with underscores."""
-
-    max_model_len: int | None = setting(
-        Int(16, 16_777_216), "context of one request in tokens; default: the largest that fits", default=None
-    )
-    max_num_seqs: int | None = setting(Int(1, 65_536), "requests computed at once", default=None)
-    max_num_batched_tokens: int | None = setting(Int(16, 1_048_576), "tokens computed at once", default=None)
-    gpu_memory_utilization: float | None = setting(
-        Number(0.01, 1), "part of each GPU's whole memory; default: what is left of it, at most 0.92", default=None
-    )
-    kv_cache_memory: Mib | None = setting(
-        Size(), "KV cache on each GPU, or in main memory on the CPU; default: all that is left", default=None
-    )
-    tensor_parallel_size: int | None = setting(
-        Int(1, 64), "GPUs that hold a part of every layer each; default: as few as hold it", default=None
-    )
-    gpus: tuple[int, ...] | None = setting(
-        ListOf(Int(0, 63)), "indices of the host's GPUs it may use; default: as few as hold it", default=None
-    )
-    dtype: str | None = setting(OneOf(tuple(DTYPE_BYTES)), "of weights and activations", default=None)
-    quantization: str | None = setting(
-        Text("a quantization", r"[a-z0-9_-]+"), "must be that of the model, where it has one", default=None
-    )
-    kv_cache_dtype: str | None = setting(
-        OneOf(("auto", "fp8", "fp8_e4m3", "fp8_e5m2")), "type of the KV cache; auto: as dtype", default=None
-    )
-    enforce_eager: bool | None = setting(Bool(), "no compilation, no CUDA graphs", default=None)
-    trust_remote_code: bool | None = setting(Bool(), "run Python code that the model brings along", default=None)
-    served_model_name: str | None = setting(
-        Text("a model name", r"[A-Za-z0-9][A-Za-z0-9._:/-]*"), "what clients call it; default: its name", default=None
-    )
-    shutdown_timeout: int | None = setting(
-        Int(0, 3600), "seconds that running requests get to end when it stops", default=None
-    )
-
-
-OWNED_FLAGS = {
-    flag: f"write {key}:"
-    for key, flags in {
-        "max_model_len": ("--max-model-len",),
-        "max_num_seqs": ("--max-num-seqs",),
-        "max_num_batched_tokens": ("--max-num-batched-tokens",),
-        "gpu_memory_utilization": ("--gpu-memory-utilization", "--device-memory-utilization"),
-        "kv_cache_memory": ("--kv-cache-memory-bytes", "--kv-cache-memory"),
-        "tensor_parallel_size": ("-tp", "--tensor-parallel-size"),
-        "gpus": ("--device-ids",),
-        "dtype": ("--dtype",),
-        "quantization": ("-q", "--quantization"),
-        "kv_cache_dtype": ("--kv-cache-dtype",),
-        "enforce_eager": ("--enforce-eager", "--no-enforce-eager"),
-        "trust_remote_code": ("--trust-remote-code", "--no-trust-remote-code"),
-        "served_model_name": ("--served-model-name",),
-        "shutdown_timeout": ("--shutdown-timeout",),
-        "model": ("--model", "--model-tag"),
-        "bind": ("--host", "--uds"),
-        "port": ("--port",),
-        "api_key_file": ("--api-key",),
-    }.items()
-    for flag in flags
-} | {
-    "--disable-access-log-for-endpoints": "health checks are kept out of the journal always",
-    "--config": "write its keys as settings or flags here",
-    "-pp": "one service runs on GPUs of one host; write tensor_parallel_size:",
-    "--pipeline-parallel-size": "one service runs on GPUs of one host; write tensor_parallel_size:",
-}
-OWNED_ENV = {
-    "VLLM_API_KEY": "a key in a unit is readable by everyone on the host; write api_key_file:",
-    "VLLM_PORT": "it is not the API's port but an internal one; write port:",
-    "VLLM_CPU_KVCACHE_SPACE": "write kv_cache_memory:",
-}
 
 
 class Vllm:
@@ -179,7 +94,7 @@ class Vllm:
             bind=request.bind,
             port=request.port,
             settings=settings,
-            memory=_memory(engine),
+            memory=memory(engine),
             argv=argv,
             env={**_env(engine, budget), **request.env},
             gpus=engine.gpus,
@@ -198,6 +113,7 @@ class Vllm:
             warnings=tuple(_warnings(request, engine, budget)),
             facts={
                 "exec": _with_key(request, argv),
+                "build": PurePosixPath(request.binary).parent.parent.name or "default",
                 "restart_s": RESTART_S,
                 "starts": STARTS,
                 "start_limit_s": STARTS * (deadline_s + stop_timeout_s + RESTART_S),
@@ -252,197 +168,10 @@ def _splits(snapshot: Snapshot, tp: int) -> bool:
     return snapshot.n_attention_heads % tp == 0 and (kv % tp == 0 or tp % kv == 0)
 
 
-# --- memory -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Engine:
-    """One candidate: what memory depends on. Sizes are MiB of one GPU, or of main memory where there is none."""
-
-    asked: VllmSettings
-    snapshot: Snapshot
-    gpus: tuple[GpuBudget, ...]
-    dtype: str
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    share_mib: float
-    """What it may take in all."""
-
-    @property
-    def tp(self) -> int:
-        return max(1, len(self.gpus))
-
-    @property
-    def eager(self) -> bool:
-        """On the CPU compiling would need a C++ compiler on the host."""
-        return not self.gpus if self.asked.enforce_eager is None else self.asked.enforce_eager
-
-    @property
-    def model_mib(self) -> float:
-        return weights_bytes(self.snapshot, self.dtype) / self.tp / MIB
-
-    @property
-    def compute_mib(self) -> float:
-        activations = activation_bytes(
-            self.snapshot,
-            tokens=self.max_num_batched_tokens,
-            seqs=self.max_num_seqs,
-            tp=self.tp,
-            dtype_bytes=DTYPE_BYTES[self.dtype],
-        )
-        return activations / MIB + (0 if self.eager else n_graphs(self.max_num_seqs) * GRAPH_MIB)
-
-    @property
-    def counted_mib(self) -> float:
-        """What vLLM takes off its share before the KV cache gets the rest."""
-        return self.model_mib + self.compute_mib + (NON_TORCH_MIB if self.gpus else 0)
-
-    @property
-    def uncounted_mib(self) -> float:
-        """What it takes beside its share."""
-        return CONTEXT_MIB if self.gpus else PROCESSES_MIB
-
-    @property
-    def utilization(self) -> float:
-        """The part of the GPU's whole memory that vLLM counts as its own."""
-        if self.asked.gpu_memory_utilization is not None:
-            return self.asked.gpu_memory_utilization
-        total = max(gpu.total_mib for gpu in self.gpus)
-        most = min(MOST_UTILIZATION, _hundredths(self.share_mib - self.uncounted_mib, total))
-        if self.asked.kv_cache_memory is not None:
-            # Nothing is sized by it then, but a start with less than this free is refused all the same.
-            need = self.counted_mib + self.asked.kv_cache_memory
-            return min(most, _hundredths(need, total) + 0.01)
-        return most
-
-    @property
-    def room_mib(self) -> float:
-        """What is left for the KV cache; negative where not even the weights fit."""
-        if self.asked.kv_cache_memory is not None:
-            return self.asked.kv_cache_memory
-        if self.gpus:
-            return self.utilization * min(gpu.total_mib for gpu in self.gpus) - self.counted_mib
-        left = self.share_mib - self.counted_mib - self.uncounted_mib
-        useful = CPU_BATCH[0] * self.kv_mib(max(self.snapshot.default_model_len, self.least_len))
-        return min(left, useful, max(left / 2, self.kv_mib(self.least_len)))
-
-    @property
-    def block_tokens(self) -> int:
-        """Tokens of one block of the KV cache: 16 on GPUs with most backends, 128 seen on CPUs."""
-        return 16 if self.gpus else 128
-
-    @property
-    def block_bytes(self) -> int:
-        kv_bytes = 1 if (self.asked.kv_cache_dtype or "auto") != "auto" else DTYPE_BYTES[self.dtype]
-        return self.block_tokens * kv_bytes_per_token(self.snapshot, tp=self.tp, element_bytes=kv_bytes)
-
-    def kv_mib(self, n_tokens: int) -> float:
-        """Give the KV cache that one request of this length needs.
-
-        One block more is the null block, one more what a sliding window may straddle; the margin is ours.
-        """
-        return (-(-n_tokens // self.block_tokens) + 2) * self.block_bytes / MIB / KV_MARGIN
-
-    @property
-    def longest(self) -> int:
-        """The longest request that fits, in whole blocks; at most what vLLM takes unasked."""
-        blocks = math.floor(self.room_mib * KV_MARGIN * MIB / self.block_bytes) - 2
-        return min(max(0, blocks) * self.block_tokens, self.snapshot.default_model_len)
-
-    @property
-    def least_len(self) -> int:
-        """The context it must have: what is asked for, else the least useful."""
-        return self.asked.max_model_len or min(LEAST_LEN, self.snapshot.default_model_len)
-
-    @property
-    def max_model_len(self) -> int:
-        return self.asked.max_model_len or max(self.longest, self.least_len)
-
-    @property
-    def need_mib(self) -> float:
-        """All it takes: its whole share where it sizes itself, and never less than the least that works."""
-        kv = max(self.room_mib, self.kv_mib(self.least_len))
-        return self.counted_mib + self.uncounted_mib + kv
-
-    @property
-    def fits(self) -> bool:
-        return self.room_mib >= self.kv_mib(self.least_len) and self.need_mib <= self.share_mib + 1
-
-
-def weights_bytes(snapshot: Snapshot, dtype: str) -> int:
-    """Give the bytes of all weights once loaded: as stored, but floats of an unquantized model become `dtype`.
-
-    With tensor parallelism each GPU holds its part of this; norms are on all of them, which is below 0.1 %.
-    """
-    floats = {"F32": 4, "F16": 2, "BF16": 2}
-    if snapshot.quantization is not None:
-        return snapshot.weights_bytes
-    return sum(
-        n // floats[stored] * DTYPE_BYTES[dtype] if stored in floats else n
-        for stored, n in snapshot.tensor_bytes.items()
-    )
-
-
-def kv_bytes_per_token(snapshot: Snapshot, *, tp: int, element_bytes: int) -> int:
-    """Give the bytes that one token takes in the KV cache of one GPU, all layers (v1/kv_cache_interface.py).
-
-    A layer keeps K and V of `head_dim` for each of its KV heads; with MLA one latent vector, on every GPU. Layers
-    with a sliding window are counted as if they kept everything, and mixed models by the groups that vLLM pads
-    them to (v1/core/kv_cache_planning.py): an upper bound.
-    """
-    if snapshot.is_mla:
-        return snapshot.n_layer * (snapshot.kv_lora_rank + snapshot.qk_rope_head_dim) * element_bytes
-    heads = max(1, snapshot.n_key_value_heads // tp)
-    return _cached_layers(snapshot) * heads * 2 * snapshot.head_dim * element_bytes
-
-
-def _cached_layers(snapshot: Snapshot) -> int:
-    """Count layers as vLLM groups them: full and sliding ones in groups of one size, the last ones padded."""
-    full, sliding = snapshot.n_layer - snapshot.n_sliding_layers, snapshot.n_sliding_layers
-    if not full or not sliding:
-        return snapshot.n_layer
-    small, large = sorted((full, sliding))
-    size = large if 2 * large < 3 * small else small
-    return size * (-(-full // size) + -(-sliding // size))
-
-
-def activation_bytes(snapshot: Snapshot, *, tokens: int, seqs: int, tp: int, dtype_bytes: int) -> int:
-    """Estimate the peak of one forward pass: vLLM measures it, with `tokens` tokens and `seqs` samples.
-
-    Per token the residual and its norm, Q, K, V and the gate and up of the feed-forward; per sample the logits in
-    32 bits, twice (v1/worker/gpu_model_runner.py, profile_run). An estimate of ours, not a figure of vLLM's.
-    """
-    per_token = 4 * snapshot.hidden_size + 2 * snapshot.intermediate_size // tp
-    return tokens * per_token * dtype_bytes + seqs * snapshot.vocab_size * 4 * 2
-
-
-def n_graphs(max_num_seqs: int) -> int:
-    """Count the batch sizes that get a CUDA graph: 1, 2, 4, 8 to 248 by 8, from 256 by 16, to 2 x seqs or 512."""
-    most = min(2 * max_num_seqs, 512)
-    sizes = (1, 2, 4, *range(8, 249, 8), *range(256, 513, 16))
-    return sum(size <= most for size in sizes)
-
-
-def _hundredths(part: float, whole: float) -> float:
-    """Give a fraction rounded down to two decimals, at least 0.01: less is no utilization."""
-    return max(1, int(part * 100 // whole)) / 100
-
-
-def _memory(engine: _Engine) -> dict[str, Memory]:
-    """Give the memory on each device: the GPUs by their names in the plan, then `host`."""
-    kv = max(engine.room_mib, engine.kv_mib(engine.least_len))
-    outside = engine.uncounted_mib + (NON_TORCH_MIB if engine.gpus else 0)
-    taken = Memory(engine.model_mib, kv, engine.compute_mib, outside)
-    if not engine.gpus:
-        return {"host": taken}
-    host = Memory(overhead_mib=PROCESSES_MIB + len(engine.gpus) * CUDA_WORKER_MIB)
-    return {**{gpu.id: taken for gpu in engine.gpus}, "host": host}
-
-
 # --- choosing ---------------------------------------------------------------------------------------------------
 
 
-def _tune(asked: VllmSettings, snapshot: Snapshot, budget: Budget) -> _Engine:
+def _tune(asked: VllmSettings, snapshot: Snapshot, budget: Budget) -> Engine:
     """Take one GPU if it holds the model and the least context, else as few equal ones as do, else the CPU.
 
     Where nothing is enough the largest set is planned, so that the plan says by how much.
@@ -484,7 +213,7 @@ def _share_mib(gpus: tuple[GpuBudget, ...], asked: VllmSettings, budget: Budget)
     return free if fixed else free / sharers
 
 
-def _widest(asked: VllmSettings, snapshot: Snapshot, gpus: tuple[GpuBudget, ...], budget: Budget) -> _Engine:
+def _widest(asked: VllmSettings, snapshot: Snapshot, gpus: tuple[GpuBudget, ...], budget: Budget) -> Engine:
     """Give the widest batch that leaves room for the whole context, else the narrowest, with the longest context.
 
     So more memory never means less context.
@@ -497,7 +226,7 @@ def _widest(asked: VllmSettings, snapshot: Snapshot, gpus: tuple[GpuBudget, ...]
     return engine
 
 
-def _on_cpu(asked: VllmSettings, snapshot: Snapshot, budget: Budget) -> _Engine:
+def _on_cpu(asked: VllmSettings, snapshot: Snapshot, budget: Budget) -> Engine:
     return _engine(asked, snapshot, (), CPU_BATCH, budget.ram_mib)
 
 
@@ -507,9 +236,9 @@ def _engine(
     gpus: tuple[GpuBudget, ...],
     batch: tuple[int, int],
     share_mib: float,
-) -> _Engine:
+) -> Engine:
     tokens = asked.max_num_batched_tokens or max(batch[1], asked.max_num_seqs or 0)
-    return _Engine(
+    return Engine(
         asked=asked,
         snapshot=snapshot,
         gpus=gpus,
@@ -542,7 +271,7 @@ def _capability(gpus: tuple[GpuBudget, ...]) -> tuple[int, int] | None:
 # --- what does not fit, and what to know ------------------------------------------------------------------------
 
 
-def _shortfall(engine: _Engine, budget: Budget) -> Iterator[str]:
+def _shortfall(engine: Engine, budget: Budget) -> Iterator[str]:
     """Say by how much memory is too small, and what the GPUs cannot do."""
     asked = engine.asked
     if asked.tensor_parallel_size and len(engine.gpus) != asked.tensor_parallel_size:
@@ -555,7 +284,7 @@ def _shortfall(engine: _Engine, budget: Budget) -> Iterator[str]:
     yield from _too_old(engine)
 
 
-def _too_little(engine: _Engine) -> Iterator[str]:
+def _too_little(engine: Engine) -> Iterator[str]:
     if engine.fits:
         return
     where = " and ".join(gpu.id for gpu in engine.gpus) or "RAM"
@@ -572,14 +301,14 @@ def _too_little(engine: _Engine) -> Iterator[str]:
         yield _wrong_utilization(engine, where, least)
 
 
-def _too_little_ram(engine: _Engine, budget: Budget) -> Iterator[str]:
-    need = _memory(engine)["host"].total_mib
+def _too_little_ram(engine: Engine, budget: Budget) -> Iterator[str]:
+    need = memory(engine)["host"].total_mib
     if engine.gpus and need > budget.ram_mib:
         over = need - budget.ram_mib
         yield f"RAM: needs {need:.0f} MiB, {budget.ram_mib:.0f} MiB are free: {over:.0f} MiB too much"
 
 
-def _wrong_utilization(engine: _Engine, where: str, least: float) -> str:
+def _wrong_utilization(engine: Engine, where: str, least: float) -> str:
     """Say why a utilization does not work though the GPU is large enough."""
     total = engine.gpus[0].total_mib
     taken = engine.utilization * total + CONTEXT_MIB
@@ -591,7 +320,7 @@ def _wrong_utilization(engine: _Engine, where: str, least: float) -> str:
     return f"{where}: gpu_memory_utilization {engine.utilization} gives {share:.0f} MiB, it needs {need:.0f} MiB"
 
 
-def _too_old(engine: _Engine) -> Iterator[str]:
+def _too_old(engine: Engine) -> Iterator[str]:
     """Say what vLLM has no kernels for on these GPUs; its start would end with these."""
     capability = _capability(engine.gpus)
     if capability is None:
@@ -613,14 +342,14 @@ def _dotted(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
 
 
-def _ways_to_fit(engine: _Engine) -> Iterator[str]:
+def _ways_to_fit(engine: Engine) -> Iterator[str]:
     """Where memory is too small: the lines that would make it fit, cheapest for its quality first."""
     if engine.fits:
         return
     asked = engine.asked
     changes: list[tuple[str, dict[str, Any]]] = []
     if engine.gpus and asked.kv_cache_memory is None:
-        most = min(0.99, _hundredths(engine.share_mib - engine.uncounted_mib, engine.gpus[0].total_mib))
+        most = min(0.99, hundredths(engine.share_mib - engine.uncounted_mib, engine.gpus[0].total_mib))
         changes.append((f"gpu_memory_utilization: {most}", {"gpu_memory_utilization": most}))
     if asked.max_model_len and engine.longest:
         changes.append((f"max_model_len: {engine.longest}", {"max_model_len": engine.longest}))
@@ -633,18 +362,20 @@ def _ways_to_fit(engine: _Engine) -> Iterator[str]:
             yield line
 
 
-def _warnings(request: Request, engine: _Engine, budget: Budget) -> Iterator[str]:
+def _warnings(request: Request, engine: Engine, budget: Budget) -> Iterator[str]:
     yield from _device_warnings(engine, budget)
     yield from _model_warnings(engine)
-    if request.bind in ("127.0.0.1", "::1"):
-        return
+    if "/current/" in request.binary:
+        yield "no build is named, so a rollback cannot bring back its vLLM: labdeploy runner install HOST vllm VERSION"
     if request.api_key_file:
-        yield f"listens on {request.bind}: the key guards /v1 only; /metrics and /tokenize are open to all"
-    else:
+        yield "the key guards /v1, /v2 and /inference; /invocations, /tokenize, /metrics and /docs answer without it"
+    if ipaddress.ip_address(request.bind).is_loopback:
+        return
+    if not request.api_key_file:
         yield f"listens on {request.bind} without an API key: anyone who reaches the port can use it"
 
 
-def _device_warnings(engine: _Engine, budget: Budget) -> Iterator[str]:
+def _device_warnings(engine: Engine, budget: Budget) -> Iterator[str]:
     capability = _capability(engine.gpus)
     if not engine.gpus:
         yield "runs on the CPU: that needs a build of vLLM made for CPUs, not the package for GPUs"
@@ -656,13 +387,11 @@ def _device_warnings(engine: _Engine, budget: Budget) -> Iterator[str]:
         yield "the compute capability of the GPU is not known, so what vLLM supports on it was not checked"
 
 
-def _model_warnings(engine: _Engine) -> Iterator[str]:
+def _model_warnings(engine: Engine) -> Iterator[str]:
     snapshot, capability = engine.snapshot, _capability(engine.gpus)
     quantization = engine.asked.quantization or snapshot.quantization
     if snapshot.keeps_state:
         yield "some layers keep a state, not a KV cache: context memory is a guess, vLLM may refuse or fit more"
-    if snapshot.n_sliding_layers:
-        yield "layers with a sliding window are planned as if they kept all tokens: vLLM will hold more"
     if engine.dtype != snapshot.dtype and snapshot.dtype == "bfloat16":
         yield f"the model is in bfloat16, which these GPUs lack: it runs in {engine.dtype}"
     if quantization == "fp8" and capability and capability < FP8_CAPABILITY:
@@ -676,7 +405,7 @@ def _model_warnings(engine: _Engine) -> Iterator[str]:
 # --- settings, command line and environment ---------------------------------------------------------------------
 
 
-def _choices(request: Request, engine: _Engine) -> dict[str, Choice]:
+def _choices(request: Request, engine: Engine) -> dict[str, Choice]:
     """Give every setting with its reason."""
     asked = request.settings
     choices = {
@@ -707,19 +436,19 @@ def _choices(request: Request, engine: _Engine) -> dict[str, Choice]:
     return choices
 
 
-def _kv_mib(engine: _Engine) -> float:
+def _kv_mib(engine: Engine) -> float:
     return max(engine.room_mib, engine.kv_mib(engine.least_len))
 
 
-def _len_choice(engine: _Engine) -> Choice:
+def _len_choice(engine: Engine) -> Choice:
     most = engine.snapshot.default_model_len
     if engine.max_model_len == most:
-        return Choice(most, f"all {most} tokens of the model fit")
+        return Choice(most, f"all {most} tokens of the model fit, {engine.concurrency:.1f} such requests at once")
     kv = f"{max(0.0, engine.room_mib):.0f} MiB of KV cache"
     return Choice(engine.max_model_len, f"the largest that fits one request in {kv}, of {most}")
 
 
-def _seqs_why(engine: _Engine) -> str:
+def _seqs_why(engine: Engine) -> str:
     if not engine.gpus:
         return "a CPU computes few requests at once"
     if engine.max_num_seqs >= BATCHES[0][0]:
@@ -727,13 +456,13 @@ def _seqs_why(engine: _Engine) -> str:
     return "fewer than vLLM's 256: their CUDA graphs and logits leave room for more context"
 
 
-def _eager_choice(engine: _Engine) -> Choice:
+def _eager_choice(engine: Engine) -> Choice:
     if engine.gpus:
         return Choice(False, "compiled and with CUDA graphs, which decode faster")  # noqa: FBT003
     return Choice(True, "compiling for a CPU needs a C++ compiler on the host")  # noqa: FBT003
 
 
-def _utilization_choice(engine: _Engine) -> Choice:
+def _utilization_choice(engine: Engine) -> Choice:
     names = " and ".join(gpu.id for gpu in engine.gpus)
     total = engine.gpus[0].total_mib
     if engine.utilization == MOST_UTILIZATION:
@@ -742,7 +471,7 @@ def _utilization_choice(engine: _Engine) -> Choice:
     return Choice(engine.utilization, f"{share}, less {CONTEXT_MIB} MiB for the CUDA context, which is not counted")
 
 
-def _tp_choice(engine: _Engine) -> Choice:
+def _tp_choice(engine: Engine) -> Choice:
     if engine.tp == 1:
         return Choice(1, f"{engine.gpus[0].id} alone holds it")
     names = " and ".join(gpu.id for gpu in engine.gpus)
@@ -793,7 +522,7 @@ def _with_key(request: Request, argv: tuple[str, ...]) -> tuple[str, ...]:
     return ("/bin/sh", "-c", script, credential_path(request), *argv)
 
 
-def _env(engine: _Engine, budget: Budget) -> dict[str, str]:
+def _env(engine: Engine, budget: Budget) -> dict[str, str]:
     """Name the devices, and keep it from calling home or looking for models on the network."""
     env = {
         **device_env(engine.gpus, host_has_gpus=bool(budget.gpus)),
@@ -803,6 +532,9 @@ def _env(engine: _Engine, budget: Budget) -> dict[str, str]:
         "VLLM_LOGGING_COLOR": "0",
         "VLLM_DISABLE_LOG_LOGO": "1",
         "PYTHONUNBUFFERED": "1",
+        # Its processes find each other on this host alone; else gloo listens at the address of the host's name.
+        "VLLM_HOST_IP": "127.0.0.1",
+        "GLOO_SOCKET_IFNAME": "lo",
     }
     if engine.gpus:
         return env

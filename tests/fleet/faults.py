@@ -573,7 +573,7 @@ def main(program: str, *argv: str) -> int:
     from labdeploy import __main__, deploy  # noqa: PLC0415
 
     text = Path(program).read_bytes()
-    labdeploy.host.program = functools.cache(lambda: text)
+    labdeploy.host.program = functools.cache(lambda _name="apply.sh": text)
     deploy.CONFIRM_S = CONFIRM_S
     (deploy.run_jobs.__kwdefaults__ or {})["watch_s"] = 0
     return __main__.run(list(argv))

@@ -122,7 +122,7 @@ def test_examples_are_commands(page: str, line: str):
         words = words[2:]
     if words[0].startswith("-"):
         return
-    name = " ".join(words[:2]) if words[0] == "sandbox" else words[0]
+    name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
     assert name in COMMANDS, f"{page}: labdeploy {line}"
     known = {flag for param in COMMANDS[name].params for flag in param.opts} | {"--help"}
     flags = [word.split("=")[0] for word in words if re.match(r"--?[a-z]", word)]

@@ -51,7 +51,7 @@ def test_defaults_fill_in_what_a_host_leaves_out(lab: Lab):
     assert (two.address, two.ssh.user, two.ssh.port, two.models_dir) == ("10.0.0.2", "admin", 2222, "/data")
     assert two.reserve is not None
     assert two.reserve.ram == 4096
-    assert (one.runners["llama-server"], two.runners["llama-server"]) == ("/usr/bin/llama-server", "/opt/llama-server")
+    assert (one.runners, two.runners["llama-server"]) == ({}, "/opt/llama-server")
     assert one.services["chat"].name == "chat"
     assert found.lock_path.name == "inventory.lock.yaml"
 

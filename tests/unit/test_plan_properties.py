@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from labdeploy.plan import HostPlan
     from labdeploy.runners.base import ServicePlan
 
-EXAMPLES = int(os.environ.get("LABDEPLOY_EXAMPLES", "10"))
+EXAMPLES = int(os.environ.get("LABDEPLOY_EXAMPLES", "4"))
 # Without making examples smaller: a plan of three GPUs takes a second, and that would take hours.
 tried = settings(
     max_examples=EXAMPLES,

@@ -14,14 +14,16 @@ from labdeploy.hardware import Gpu
 from labdeploy.models.model import ModelFacts
 from labdeploy.models.safetensors import Snapshot
 from labdeploy.runners.base import Budget, GpuBudget, Request
-from labdeploy.runners.vllm import (
-    RUNNER,
-    VllmSettings,
+from labdeploy.runners.vllm import RUNNER
+from labdeploy.runners.vllm_memory import (
+    KvCache,
     activation_bytes,
     kv_bytes_per_token,
+    kv_cache,
     n_graphs,
     weights_bytes,
 )
+from labdeploy.runners.vllm_settings import VllmSettings
 from labdeploy.schema import Mib
 
 if TYPE_CHECKING:
@@ -121,22 +123,22 @@ def after(argv: tuple[str, ...], flag: str) -> str:
 def test_kv_bytes_are_those_of_vllm():
     """Llama-3.1-8B in bfloat16 takes 2 MiB for a block of 16 tokens, as a real start logged."""
     llama_8b = dataclasses.replace(QWEN3_8B, n_layer=32)
-    assert 16 * kv_bytes_per_token(llama_8b, tp=1, element_bytes=2) == 2 * 1024**2
+    assert layout(llama_8b).block_bytes == 2 * 1024**2
 
 
 @pytest.mark.parametrize(("head_dim", "cache_mib", "n_tokens"), [(16, 18, 36_864), (64, 75, 38_400)])
 def test_a_cache_holds_the_tokens_that_vllm_logged(head_dim: int, cache_mib: int, n_tokens: int):
     """Measured: vLLM 0.32 on a CPU, 4 layers, 2 KV heads, bfloat16: `CPU KV cache size: 36,864 tokens` and 38,400."""
     tiny = dataclasses.replace(QWEN3_8B, n_layer=4, n_attention_heads=4, n_key_value_heads=2, head_dim=head_dim)
-    assert cache_mib * 1024**2 // kv_bytes_per_token(tiny, tp=1, element_bytes=2) == n_tokens
+    assert cache_mib * 1024**2 // (4 * kv_bytes_per_token(tiny, tp=1, element_bytes=2)) == n_tokens
 
 
 def test_kv_heads_split_until_each_gpu_has_one():
     """More GPUs than KV heads keep them several times; a latent cache does not split at all."""
-    per_token = [kv_bytes_per_token(QWEN3_8B, tp=tp, element_bytes=2) for tp in (1, 8, 16)]
-    assert per_token == [147_456, 18_432, 18_432]
+    per_layer = [kv_bytes_per_token(QWEN3_8B, tp=tp, element_bytes=2) for tp in (1, 8, 16)]
+    assert per_layer == [4096, 512, 512]
     latent = dataclasses.replace(QWEN3_8B, n_layer=61, kv_lora_rank=512, qk_rope_head_dim=64)
-    assert kv_bytes_per_token(latent, tp=8, element_bytes=2) == 61 * 576 * 2
+    assert kv_bytes_per_token(latent, tp=8, element_bytes=2) == 576 * 2
 
 
 @pytest.mark.parametrize(
@@ -145,7 +147,34 @@ def test_kv_heads_split_until_each_gpu_has_one():
 def test_mixed_layers_are_counted_by_groups(full: int, sliding: int, padded: int):
     """All groups hold as many layers as one (v1/core/kv_cache_planning.py), the last ones padded."""
     mixed = dataclasses.replace(QWEN3_8B, n_layer=full + sliding, n_sliding_layers=sliding, sliding_window=1024)
-    assert kv_bytes_per_token(mixed, tp=1, element_bytes=2) == padded * 4096
+    cache = layout(mixed)
+    assert (cache.full_groups + cache.sliding_groups) * cache.block_bytes == padded * 4096 * 16
+
+
+# What vLLM 0.32.0 (CPU, blocks of 128 tokens, 4096 in flight, cache of 16 MiB) logged at its start for small models.
+MEASURED = {
+    "full": ({"n_layer": 2, "n_key_value_heads": 4}, 4, 64, 4.0),
+    "GQA": ({"n_layer": 2, "n_key_value_heads": 2}, 4, 128, 8.0),
+    "tied, bfloat16": ({"n_layer": 2, "n_key_value_heads": 2, "tie_word_embeddings": True}, 2, 256, 16.0),
+    "window": ({"n_layer": 2, "n_key_value_heads": 2, "sliding_window": 256, "n_sliding_layers": 2}, 4, 128, 7.53),
+    "hybrid": ({"n_layer": 12, "n_key_value_heads": 2, "sliding_window": 256, "n_sliding_layers": 10}, 2, 256, 2.53),
+    "fp8": ({"n_layer": 2, "n_key_value_heads": 2}, 1, 512, 32.0),
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_blocks_and_concurrency_are_those_that_vllm_logged(name: str):
+    """Measured once and kept here; tests/fleet/test_vllm.py asks the real engine again."""
+    shape, element_bytes, n_blocks, concurrency = MEASURED[name]
+    snapshot = dataclasses.replace(QWEN3_8B, head_dim=32, **shape)
+    cache = kv_cache(snapshot, tp=1, element_bytes=element_bytes, block_tokens=128, in_flight=4096)
+    assert cache.n_blocks(16 << 20) == n_blocks
+    assert round(cache.concurrency(16 << 20, 2048), 2) == concurrency
+
+
+def layout(snapshot: Snapshot) -> KvCache:
+    """Lay out a cache in bfloat16 on one GPU."""
+    return kv_cache(snapshot, tp=1, element_bytes=2, block_tokens=16, in_flight=4096)
 
 
 def test_weights_are_loaded_in_the_dtype_unless_quantized():
@@ -386,7 +415,7 @@ def test_a_model_too_large_says_by_how_much():
 def test_a_higher_utilization_is_offered_where_it_would_do():
     """The default of 0.92 leaves more than this GPU's neighbours need."""
     planned = plan(request(max_model_len=40960), budget(gpu()))
-    assert planned.shortfall == ("gpu0: gpu_memory_utilization 0.92 gives 22610 MiB, it needs 22741 MiB",)
+    assert planned.shortfall == ("gpu0: gpu_memory_utilization 0.92 gives 22610 MiB, it needs 22738 MiB",)
     assert planned.ways_to_fit[0] == "gpu_memory_utilization: 0.95"
     assert plan(request(max_model_len=40960, gpu_memory_utilization=0.95), budget(gpu())).fits
 
@@ -538,11 +567,18 @@ def test_the_key_reaches_the_environment_and_not_the_command_line(tmp_path: Path
 
 
 def test_open_ports_are_warned_of():
-    """With a key as well: it guards only a part of the routes."""
+    """With a key, wherever it listens, the routes that the key does not guard are named."""
     open_to_all = plan(request(more={"bind": "0.0.0.0"}), budget(gpu()))  # noqa: S104
     assert any("without an API key" in line for line in open_to_all.warnings)
     keyed = plan(request(more={"bind": "0.0.0.0", "api_key_file": "/etc/key"}), budget(gpu()))  # noqa: S104
-    assert any("guards /v1 only" in line for line in keyed.warnings)
+    assert any("/tokenize, /metrics and /docs answer without it" in line for line in keyed.warnings)
+    quiet = plan(request(more={"bind": "127.0.0.5", "binary": "/opt/x/bin/vllm"}), budget(gpu()))
+    assert quiet.warnings == ()
+
+
+def test_a_build_without_a_name_is_warned_of():
+    """A unit that names no versioned build cannot bring its vLLM back."""
+    assert any("no build is named" in line for line in plan(request(), budget(gpu())).warnings)
 
 
 def test_time_limits_hold_a_cold_start():

@@ -1,0 +1,83 @@
+"""What an inventory may say about a vLLM service, and what it may not because the plan sets it. Of vLLM 0.33.0."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from labdeploy.schema import Bool, Int, ListOf, Mib, Number, OneOf, Size, Text, setting
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class VllmSettings:
+    """What an inventory may say about a vLLM service. Names are its flags with underscores."""
+
+    max_model_len: int | None = setting(
+        Int(16, 16_777_216), "context of one request in tokens; default: the largest that fits", default=None
+    )
+    max_num_seqs: int | None = setting(Int(1, 65_536), "requests computed at once", default=None)
+    max_num_batched_tokens: int | None = setting(Int(16, 1_048_576), "tokens computed at once", default=None)
+    gpu_memory_utilization: float | None = setting(
+        Number(0.01, 1), "part of each GPU's whole memory; default: what is left of it, at most 0.92", default=None
+    )
+    kv_cache_memory: Mib | None = setting(
+        Size(), "KV cache on each GPU, or in main memory on the CPU; default: all that is left", default=None
+    )
+    tensor_parallel_size: int | None = setting(
+        Int(1, 64), "GPUs that hold a part of every layer each; default: as few as hold it", default=None
+    )
+    gpus: tuple[int, ...] | None = setting(
+        ListOf(Int(0, 63)), "indices of the host's GPUs it may use; default: as few as hold it", default=None
+    )
+    dtype: str | None = setting(OneOf(tuple(DTYPE_BYTES)), "of weights and activations", default=None)
+    quantization: str | None = setting(
+        Text("a quantization", r"[a-z0-9_-]+"), "must be that of the model, where it has one", default=None
+    )
+    kv_cache_dtype: str | None = setting(
+        OneOf(("auto", "fp8", "fp8_e4m3", "fp8_e5m2")), "type of the KV cache; auto: as dtype", default=None
+    )
+    enforce_eager: bool | None = setting(Bool(), "no compilation, no CUDA graphs", default=None)
+    trust_remote_code: bool | None = setting(Bool(), "run Python code that the model brings along", default=None)
+    served_model_name: str | None = setting(
+        Text("a model name", r"[A-Za-z0-9][A-Za-z0-9._:/-]*"), "what clients call it; default: its name", default=None
+    )
+    shutdown_timeout: int | None = setting(
+        Int(0, 3600), "seconds that running requests get to end when it stops", default=None
+    )
+
+
+OWNED_FLAGS = {
+    flag: f"write {key}:"
+    for key, flags in {
+        "max_model_len": ("--max-model-len",),
+        "max_num_seqs": ("--max-num-seqs",),
+        "max_num_batched_tokens": ("--max-num-batched-tokens",),
+        "gpu_memory_utilization": ("--gpu-memory-utilization", "--device-memory-utilization"),
+        "kv_cache_memory": ("--kv-cache-memory-bytes", "--kv-cache-memory"),
+        "tensor_parallel_size": ("-tp", "--tensor-parallel-size"),
+        "gpus": ("--device-ids",),
+        "dtype": ("--dtype",),
+        "quantization": ("-q", "--quantization"),
+        "kv_cache_dtype": ("--kv-cache-dtype",),
+        "enforce_eager": ("--enforce-eager", "--no-enforce-eager"),
+        "trust_remote_code": ("--trust-remote-code", "--no-trust-remote-code"),
+        "served_model_name": ("--served-model-name",),
+        "shutdown_timeout": ("--shutdown-timeout",),
+        "model": ("--model", "--model-tag"),
+        "bind": ("--host", "--uds"),
+        "port": ("--port",),
+        "api_key_file": ("--api-key",),
+    }.items()
+    for flag in flags
+} | {
+    "--disable-access-log-for-endpoints": "health checks are kept out of the journal always",
+    "--config": "write its keys as settings or flags here",
+    "-pp": "one service runs on GPUs of one host; write tensor_parallel_size:",
+    "--pipeline-parallel-size": "one service runs on GPUs of one host; write tensor_parallel_size:",
+}
+OWNED_ENV = {
+    "VLLM_API_KEY": "a key in a unit is readable by everyone on the host; write api_key_file:",
+    "VLLM_PORT": "it is not the API's port but an internal one; write port:",
+    "VLLM_CPU_KVCACHE_SPACE": "write kv_cache_memory:",
+}

@@ -1,0 +1,245 @@
+"""A real vLLM on a real host: installed, pushed, changed while it streams, killed, upgraded, rolled back."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from snapshot_maker import write_snapshot
+from vllm_lab import HOST_PACKAGES, LOCK, START_S, VllmLab, package_index, second_lock, wheels
+
+from labdeploy import builds, sandbox
+from labdeploy.hardware import Gpu
+from labdeploy.models.model import ModelFacts
+from labdeploy.models.safetensors import read_snapshot
+from labdeploy.runners.base import Budget, GpuBudget, Request
+from labdeploy.runners.vllm import RUNNER
+from labdeploy.runners.vllm_memory import kv_cache
+from labdeploy.runners.vllm_settings import DTYPE_BYTES, VllmSettings
+from labdeploy.schema import Mib, settings_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from labdeploy.models.safetensors import Snapshot
+
+FIRST = builds.read_lock(LOCK).name
+
+
+@pytest.fixture(scope="module")
+def lab(sandbox_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmLab]:
+    """Return a host with Python 3.11 and the first build of vLLM; its tests follow one another."""
+    folder = tmp_path_factory.mktemp("vllm")
+    host = sandbox.up(["vllm1"], "bookworm", state_dir=sandbox_dir)[0]
+    script = f"apt-get update -qq && apt-get install -y -qq --no-install-recommends {' '.join(HOST_PACKAGES)}"
+    sandbox.run(host, "sh", "-c", f"DEBIAN_FRONTEND=noninteractive; {script}", timeout_s=300)
+    lab = VllmLab(folder, [host], write_snapshot(folder / "tiny"))
+    (folder / "runners").mkdir()
+    (folder / "runners" / LOCK.name).write_bytes(LOCK.read_bytes())
+    lab.ok("runner", "install", host.name, "vllm", "0.32.0", "--wheels", str(wheels()))
+    yield lab
+    sandbox.down(["vllm1"], state_dir=sandbox_dir)
+
+
+def test_installed_pushed_and_asked(lab: VllmLab) -> None:
+    """The unit names the build by its versioned path; a token comes, and its time is measured."""
+    pushed = lab.push_ok()
+    assert pushed["services"]["chat"]["action"] == "started"
+    assert lab.program() == f"/opt/labdeploy/runners/vllm/{FIRST}/bin/vllm"
+    assert lab.complete()
+    assert lab.n_ctx() == 8192
+    chat = lab.ok("check")["hosts"][lab.host.name]["services"]["chat"]
+    assert chat["healthy"]
+    assert 0 < chat["ttft_ms"]["p50"] <= chat["ttft_ms"]["p95"]
+    assert lab.push_ok()["result"] == "unchanged"
+
+
+def test_nothing_but_the_api_listens_where_others_can_reach(lab: VllmLab) -> None:
+    """What its processes say to each other stays on 127.0.0.1; the API is where the inventory says."""
+    group = lab.show("ControlGroup")
+    processes = lab.on_host("sh", "-c", f"cat /sys/fs/cgroup{group}/cgroup.procs").split()
+    listening = [line.split(maxsplit=5) for line in lab.on_host("ss", "-ltnpH").splitlines()]
+    ours = {line[3] for line in listening if any(f"pid={pid}," in line[-1] for pid in processes)}
+    assert f"{lab.host.address}:8000" in ours
+    assert not [place for place in ours - {f"{lab.host.address}:8000"} if not place.startswith("127.0.0.1:")], ours
+
+
+def test_a_change_lets_a_running_stream_end(lab: VllmLab) -> None:
+    """A restart for a new setting waits for the request that runs: all its tokens come, and no error."""
+    events: list[str] = []
+    client = threading.Thread(target=lambda: events.extend(lab.stream(3000)))
+    client.start()
+    while not events and client.is_alive():
+        time.sleep(0.1)
+    lab.set(max_model_len=4096)
+    changed = lab.push_ok()
+    client.join(60)
+    assert not client.is_alive()
+    assert changed["services"]["chat"]["action"] == "restarted"
+    assert events[-1] == "[DONE]"
+    answers = [json.loads(event) for event in events[:-1]]
+    assert not [answer for answer in answers if "error" in answer]
+    assert answers[-1]["choices"][0]["finish_reason"] == "length"
+    assert lab.n_ctx() == 4096
+
+
+def test_a_killed_engine_comes_back(lab: VllmLab) -> None:
+    """When its engine dies vLLM exits with 0; systemd starts it again all the same."""
+    before = lab.show("InvocationID")
+    engine = lab.on_host("pgrep", "-f", "VLLM::EngineCore").split()
+    lab.on_host("kill", "-9", *engine)
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        if lab.show("InvocationID") != before and lab.show("ActiveState") == "active":
+            break
+        time.sleep(1)
+    assert lab.complete()
+    assert lab.show("NRestarts") == "1"
+    assert lab.show("MainPID") != "0"
+
+
+def test_an_upgrade_is_another_build_and_a_rollback_the_first(lab: VllmLab) -> None:
+    """Both builds lie side by side; the unit says which one runs. What a generation names cannot be removed."""
+    name = lab.host.name
+    lock = second_lock(lab.folder)
+    second = builds.read_lock(lock).name
+    with package_index(wheels()) as url:
+        config = f'no-index = true\nfind-links = ["{url}"]\n'
+        lab.on_host("sh", "-c", f"mkdir -p /etc/uv && printf '%s' '{config}' >/etc/uv/uv.toml")
+        installed = lab.ok("runner", "install", name, "vllm", "0.32.0", "--lock", str(lock))
+    assert (installed["build"], installed["use"]) == (second, FIRST)
+    assert lab.push_ok()["result"] == "unchanged", "an installed build is not a used one"
+
+    lab.ok("runner", "use", name, "vllm", second)
+    assert lab.push_ok()["services"]["chat"]["action"] == "restarted"
+    assert lab.program() == f"/opt/labdeploy/runners/vllm/{second}/bin/vllm"
+    assert lab.complete()
+
+    refused = lab.run("runner", "rm", name, "vllm", FIRST, "-y")
+    assert refused.code == 2
+    assert "generation 1 2" in refused.err
+
+    lab.ok("rollback", name)
+    assert lab.program() == f"/opt/labdeploy/runners/vllm/{FIRST}/bin/vllm"
+    assert lab.complete()
+    rows = {row["name"]: row for row in lab.ok("runner", "ls")["hosts"][name]}
+    assert rows[second]["generations"] == [3]
+    assert rows[FIRST]["installed"]
+
+
+# --- what is planned, against what vLLM says itself ---------------------------------------------------------------
+
+CACHE_BYTES = 16 << 20
+MIXED = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 12,
+    "sliding_window": 256,
+    "layer_types": [*["sliding_attention"] * 5, "full_attention"] * 2,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 32,
+    "rope_local_base_freq": 10000.0,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+}
+SLIDING = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 256}
+# name: (config.json, engine arguments); fp8 last: on a CPU without AVX-512 vLLM sizes the cache, says so, and gives up.
+KV_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "full": ({"num_key_value_heads": 4}, {"dtype": "float32"}),
+    "gqa": ({}, {"dtype": "float32"}),
+    "tied": ({"tie_word_embeddings": True}, {"dtype": "bfloat16"}),
+    "sliding": (SLIDING, {"dtype": "float32"}),
+    "mixed": (MIXED, {"dtype": "bfloat16"}),
+    "fp8": ({}, {"dtype": "float32", "kv_cache_dtype": "fp8"}),
+}
+
+
+def test_the_kv_cache_is_as_vllm_reports_it(lab: VllmLab) -> None:
+    """Blocks and concurrency of six models: equal, not near."""
+    snapshots = {name: write_snapshot(lab.folder / "kv" / name, **config) for name, (config, _) in KV_CASES.items()}
+    for name, folder in snapshots.items():
+        for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+            sandbox.copy_in(lab.host, folder / file, f"/srv/models/kv/{name}/{file}")
+    common = {"kv_cache_memory_bytes": CACHE_BYTES, "max_model_len": 2048, "max_num_seqs": 4}
+    asked = [{"model": f"/srv/models/kv/{name}", **common, **more} for name, (_, more) in KV_CASES.items()]
+    reports, said = lab.in_build(FIRST, "kv_report.py", asked)
+    logged = re.findall(
+        r"KV cache size: [\d,]+ tokens, Maximum concurrency for 2,048 tokens per request: ([\d.]+)x", said
+    )
+    assert len(reports) >= len(KV_CASES) - 1, said[-3000:]
+    assert len(logged) == len(KV_CASES), said[-3000:]
+    for i, (name, (_, more)) in enumerate(KV_CASES.items()):
+        element_bytes = 1 if "kv_cache_dtype" in more else DTYPE_BYTES[more["dtype"]]
+        report = reports[min(i, len(reports) - 1)]
+        cache = kv_cache(
+            read_snapshot(snapshots[name]),
+            tp=1,
+            element_bytes=element_bytes,
+            block_tokens=report["block_size"],
+            in_flight=report["max_num_batched_tokens"],
+        )
+        assert f"{cache.concurrency(CACHE_BYTES, 2048):.2f}" == logged[i], name
+        if i < len(reports):
+            assert cache.n_blocks(CACHE_BYTES) == report["num_gpu_blocks"], name
+
+
+def test_the_parser_of_vllm_takes_every_flag_that_is_rendered(lab: VllmLab) -> None:
+    """Each setting at once and alone, on the CPU and on GPUs; a flag that it does not know shows that it looks."""
+    argvs = list(rendered_argvs(read_snapshot(lab.model)))
+    flags = {word for argv in argvs for word in argv if word.startswith("--")}
+    assert len(flags) >= 16, flags
+    [said], _ = lab.in_build(FIRST, "flags_report.py", [*argvs, [argvs[0][0], "--no-such-flag"]])
+    assert [(argv, error) for argv, error in zip(argvs, said, strict=False) if error] == []
+    assert "--no-such-flag" in said[-1]
+
+
+def rendered_argvs(snapshot: Snapshot) -> Iterator[list[str]]:
+    """Give what follows `vllm serve` for services with each setting that an inventory may have."""
+    everything = {
+        "max_model_len": 4096,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 2048,
+        "gpu_memory_utilization": 0.5,
+        "kv_cache_memory": Mib(64),
+        "tensor_parallel_size": 2,
+        "dtype": "bfloat16",
+        "quantization": "fp8",
+        "kv_cache_dtype": "fp8",
+        "enforce_eager": True,
+        "trust_remote_code": True,
+        "served_model_name": "tiny",
+        "shutdown_timeout": 10,
+    }
+    assert set(everything) == set(settings_of(VllmSettings)) - {"gpus"}, "gpus is no flag: devices are named by env"
+    gpus = tuple(
+        GpuBudget(i, i, Gpu(name="RTX 4090", vram=Mib(24576), compute_capability="8.9"), 24576, 24064) for i in (0, 1)
+    )
+    for some in ({}, everything, *({key: value} for key, value in everything.items())):
+        for has in ((), gpus):
+            settings = {key: value for key, value in some.items() if has or key != "tensor_parallel_size"}
+            yield list(serve_argv(snapshot, has, settings))
+
+
+def serve_argv(snapshot: Snapshot, gpus: tuple[GpuBudget, ...], settings: dict[str, Any]) -> tuple[str, ...]:
+    """Plan one service and give the words after `serve`."""
+    request = Request(
+        name="chat",
+        unit="labdeploy-chat.service",
+        runner="vllm",
+        runner_why="",
+        model=ModelFacts("tiny", "/srv/models/tiny", snapshot.size_bytes, "safetensors", None, snapshot),
+        binary="/opt/x/bin/vllm",
+        bind="127.0.0.1",
+        port=8000,
+        settings=VllmSettings(**settings),
+        flags=(),
+        env={},
+        api_key_file=None,
+    )
+    budget = Budget(gpus, 65536, threads=2, threads_why="", cpu_features=("avx2",))
+    return RUNNER.plan(request, budget).argv[2:]

@@ -1,0 +1,144 @@
+"""A real vLLM for fleet tests: its wheels, downloaded once into the user's cache, and a lab whose service it is."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import urllib.request
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lab import TIMEOUT_S, Ended, Lab
+
+from labdeploy import builds, sandbox
+from labdeploy.sandbox_root import locked
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LOCK = Path(__file__).parents[1] / "data" / "vllm" / "vllm-0.32.0-cpu-py311.lock.txt"
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"  # where pip finds torch for CPUs if nothing else names it
+HOST_PACKAGES = ("python3", "libnuma1")  # what a host needs for this build
+START_S = 600
+
+
+def wheels() -> Path:
+    """Give the folder with all wheels of the lock: 585 MB, downloaded at the first call."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "labdeploy" / "wheels"
+    folder = cache / builds.read_lock(LOCK).name
+    with locked(cache / "download.lock"):
+        if not folder.is_dir():
+            fresh = folder.with_suffix(".tmp")
+            _download(fresh)
+            fresh.rename(folder)
+    return folder
+
+
+def _download(folder: Path) -> None:
+    """Download as pip is configured here; where that has no torch for CPUs, from its own index."""
+    argv = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "-r", str(LOCK)]
+    argv += ["-d", str(folder)]
+    first = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if first.returncode != 0:
+        second = subprocess.run([*argv, "--extra-index-url", TORCH_INDEX], capture_output=True, text=True, check=False)
+        assert second.returncode == 0, first.stderr + second.stderr
+
+
+def second_lock(folder: Path) -> Path:
+    """Write a lock of another build of the same version: one package, which vLLM does not need, is left out."""
+    lines = LOCK.read_text().splitlines(keepends=True)
+    start = next(i for i, line in enumerate(lines) if line.startswith("agent-detector=="))
+    end = next(i for i in range(start + 1, len(lines)) if "==" in lines[i])
+    path = folder / LOCK.name
+    path.write_text("".join(lines[:start] + lines[end:]))
+    return path
+
+
+@contextmanager
+def package_index(folder: Path) -> Iterator[str]:
+    """Serve a folder of wheels over HTTP on loopback, which hosts share with this machine."""
+    handler = functools.partial(_Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        thread.join()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:  # noqa: ANN401
+        """Say nothing."""
+
+
+@dataclass
+class VllmLab(Lab):
+    """A host whose service `chat` is vLLM with a small random Llama."""
+
+    port = 8000
+
+    def __post_init__(self) -> None:
+        for file in self.model.iterdir():
+            sandbox.copy_in(self.host, file, f"/srv/models/tiny/{file.name}")
+        self.set()
+
+    def set(self, **settings: Any) -> None:  # noqa: ANN401
+        """Write the inventory, with these settings of the service beside the usual ones."""
+        models = {"tiny": {"path": "tiny", "local": str(self.model)}}
+        self.write({"models": models, "hosts": {host.name: self._host(host, settings) for host in self.hosts}})
+
+    def _host(self, host: sandbox.SandboxHost, settings: dict[str, Any]) -> dict[str, Any]:
+        known = super()._host(host, {})
+        chat = {
+            "runner": "vllm",
+            "model": "tiny",
+            "port": self.port,
+            "bind": host.address,
+            "kv_cache_memory": "64MiB",
+            "max_num_seqs": 4,
+            "dtype": "float32",
+        }
+        del known["runners"]
+        return known | {"hardware": {"cpu": {"cores": 2}, "ram": "16GiB"}, "services": {"chat": chat | settings}}
+
+    def run(self, *words: str, timeout_s: float = START_S + TIMEOUT_S) -> Ended:
+        """Type one labdeploy command; vLLM takes its time to start."""
+        return super().run(*words, timeout_s=timeout_s)
+
+    def ok(self, *words: str) -> Any:  # noqa: ANN401
+        """Type one labdeploy command, which must end well, and give its report."""
+        ended = self.run(*words, "--json")
+        assert ended.code == 0, ended.err
+        return ended.json
+
+    def n_ctx(self) -> int:
+        """Give the context that the service says it has."""
+        with urllib.request.urlopen(f"http://{self.host.address}:{self.port}/v1/models", timeout=10) as answer:
+            return int(json.loads(answer.read())["data"][0]["max_model_len"])
+
+    def stream(self, max_tokens: int) -> Iterator[str]:
+        """Stream a completion of just so many tokens; gives the data of each event."""
+        body = {"model": "tiny", "prompt": "Hello", "max_tokens": max_tokens, "stream": True, "ignore_eos": True}
+        url = f"http://{self.host.address}:{self.port}/v1/completions"
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310
+            yield from (line[6:].decode().strip() for line in answer if line.startswith(b"data: "))
+
+    def in_build(self, name: str, script: str, argument: Any) -> tuple[list[Any], str]:  # noqa: ANN401
+        """Run a script of this folder in the Python of a build on the host; gives its reports and all it said."""
+        sandbox.copy_in(self.host, Path(__file__).with_name(script), f"/srv/{script}")
+        python = f"/opt/labdeploy/runners/vllm/{name}/bin/python"
+        done = sandbox.run(self.host, python, f"/srv/{script}", json.dumps(argument), check=False, timeout_s=START_S)
+        lines = [line.removeprefix("REPORT ") for line in done.stdout.splitlines() if line.startswith("REPORT ")]
+        return [json.loads(line) for line in lines], done.stdout + done.stderr
+
+    def program(self) -> str:
+        """Give the program that runs as the service, as the unit that is loaded names it."""
+        return self.show("ExecStart").partition("path=")[2].partition(" ;")[0]
