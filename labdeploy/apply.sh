@@ -39,7 +39,7 @@ EMPTY=000000     # the generation before the first push
 KEEP=10          # generations kept beside current, good and previous
 SPACE_KIB=2048   # free in /etc: many times what a generation takes
 RUN_KIB=16384    # systemd refuses daemon-reload below 16 MiB free in /run (measured on 257)
-PROOF_S=60       # a runner counts its memory in 0.2 to 2 s; a cold driver takes longer
+PROOF_S=30       # a runner counts its memory in 0.2 to 2 s; a cold driver takes longer
 
 emit() { _ifs=$IFS; IFS=$TAB; printf '%s\n' "$*" 2>/dev/null; IFS=$_ifs; return 0; }
 one_line() { tr '\n\t' '  ' | sed 's/  */ /g; s/^ //; s/ $//'; }
@@ -506,8 +506,9 @@ END {
 
 prove_all() { # every service that will start counts its memory, and all together must find room
     : >"$TXN/proofs"
+    hung=''
     for _u in $(units_in "$NEW"); do
-        case " $added $changed $start " in *" $_u "*) prove "$(service_of "$_u")" ;; esac
+        case " $added $changed $start " in *" $_u "*) [ -n "$hung" ] || prove "$(service_of "$_u")" ;; esac
     done
     [ -s "$TXN/proofs" ] || return 0
     facts_for_proof | awk "$JUDGE" >"$TXN/verdict"
@@ -537,7 +538,8 @@ prove() { # NAME: its own build, with its own command line, says what it will al
     as_nobody "$@" >"$TXN/said" 2>&1 </dev/null &
     _pid=$! _until=$(($(centiseconds) + PROOF_S * 100))
     until grep -q '| *- Host ' "$TXN/said"; do
-        kill -0 "$_pid" 2>/dev/null && [ "$(centiseconds)" -lt "$_until" ] || break
+        kill -0 "$_pid" 2>/dev/null || break
+        [ "$(centiseconds)" -lt "$_until" ] || { hung=$_name; break; } # one that hangs is waited for, not all
         sleep 0.05
     done
     kill -9 "$_pid" 2>/dev/null
