@@ -333,6 +333,12 @@ class ModelShape:
         """The layers that run for every token: all but those that only draft."""
         return self.layers[: self.n_layer]
 
+    @cached_property
+    def kinds(self) -> tuple[int, ...]:
+        """For each layer a number that layers of its kind share."""
+        numbers: dict[tuple[object, ...], int] = {}
+        return tuple(numbers.setdefault(layer.kind, len(numbers)) for layer in self.layers)
+
     def cache_layer(self, layer: LayerShape) -> LayerShape:
         """Return the layer whose cache a layer reads: its own, or that of the last one of its kind that has one."""
         kept = (each for each in reversed(self.trunk) if each.has_kv and each.is_swa == layer.is_swa)

@@ -8,7 +8,8 @@ it); nodes of a few bytes are left out. Sources: src/llama-graph.cpp and src/mod
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from labdeploy.models.gguf import TYPE_BY_NAME
@@ -47,12 +48,43 @@ def compute_bytes(shape: ModelShape, settings: LlamaMemorySettings, places: Plac
 
 
 def _laid_out(shape: ModelShape, settings: LlamaMemorySettings, places: Places, *, reorders: bool) -> tuple[int, ...]:
-    graph = _Graph(shape, settings, places)
     in_pipeline = settings.n_gpus > 1 and places.all_on_gpu
     every_copy_stays = in_pipeline and shape.is_mla
-    graph.build(shape.trunk if every_copy_stays else _telling_layers(shape, places))
+    layers = tuple(shape.trunk if every_copy_stays else _telling_layers(shape, places))
+    alike = tuple(_likeness(layer, places) for layer in layers)
     devices = Devices(settings.n_gpus, reorders=reorders, n_copies=PIPELINE_COPIES if in_pipeline else 1)
-    return buffer_bytes(graph.inputs, graph.nodes, devices)
+    told = replace(settings, gpu_layers=0, n_cpu_moe=0, tensor_split=(), cache_ram_mib=0, ctx_checkpoints=0)
+    return _replayed(_Case(shape, told, alike, places.output_device, devices, layers, places))
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A graph and its devices. Cases with equal layers in an equal order are equal, wherever those stand."""
+
+    shape: ModelShape
+    settings: LlamaMemorySettings
+    alike: tuple[object, ...]
+    output_device: int
+    devices: Devices
+    layers: tuple[LayerShape, ...] = field(compare=False)
+    places: Places = field(compare=False)
+
+
+@lru_cache(maxsize=4096)
+def _replayed(case: _Case) -> tuple[int, ...]:
+    """Replay a case once: layouts that differ in the number of equal layers on a device are the same case."""
+    graph = _Graph(case.shape, case.settings, case.places)
+    graph.build(case.layers)
+    return buffer_bytes(graph.inputs, graph.nodes, case.devices)
+
+
+def _likeness(layer: LayerShape, places: Places) -> tuple[object, ...]:
+    """Give all that a graph takes from a layer: its kind and place, and what may be copied from the CPU."""
+    on, experts_on_cpu = places.layer_device[layer.index], places.experts_on_cpu(layer)
+    last = layer.index == places.shape.n_layer - 1
+    cache_on = places.layer_device[places.shape.cache_layer(layer).index]
+    copied_bytes = (layer.weights_bytes if on == CPU else 0, layer.experts_bytes if experts_on_cpu else 0)
+    return places.shape.kinds[layer.index], on, experts_on_cpu, last, cache_on, copied_bytes
 
 
 def _telling_layers(shape: ModelShape, places: Places) -> Iterable[LayerShape]:
@@ -61,7 +93,7 @@ def _telling_layers(shape: ModelShape, places: Places) -> Iterable[LayerShape]:
     before: tuple[object, ...] = ()
     for layer in shape.trunk:
         on = places.layer_device[layer.index]
-        kind = (layer.kind, on, places.experts_on_cpu(layer), layer.index == shape.n_layer - 1)
+        kind = (shape.kinds[layer.index], on, places.experts_on_cpu(layer), layer.index == shape.n_layer - 1)
         before = (*before[-(SEQUENCE - 1) :], (*kind, layer.weights_bytes if on == CPU else 0))
         if before not in seen:
             seen.add(before)
