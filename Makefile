@@ -38,10 +38,11 @@ fleet: setup system
 vllm: setup system
 	$(BIN)/python -m pytest tests/fleet/test_vllm.py --durations=10
 
-# Every fault at every step, and 200 pushes in a row: hours. `make test` draws some of them.
+# Every fault at every step, and 200 pushes in a row: four hours. `make test` draws some of them. A part of it, for
+# example: make faults ARGS='-k "rollback or boot"'
 faults: setup system
 	LABDEPLOY_FAULTS=all $(BIN)/python -m pytest tests/fleet/test_faults.py tests/fleet/test_power.py \
-		tests/fleet/test_many_pushes.py -n $(or $(WORKERS),4)
+		tests/fleet/test_many_pushes.py -n $(or $(WORKERS),4) $(ARGS)
 
 # Lays the memory planner beside the real llama-server; ten minutes. Writes docs/planner-accuracy.md.
 bench-planner: setup system

@@ -662,7 +662,7 @@ restart_foreign() { # UNIT: as it was before it was adopted
 # --- forward ----------------------------------------------------------------------------------------------------
 
 tidy() { # what was staged and is needed no more; never while `pending` is there
-    [ -e "$ROOT/pending" ] || rm -rf "$ROOT/undo" "$ROOT/incoming"
+    [ -e "$ROOT/pending" ] || rm -rf "$ROOT/undo" "$ROOT/incoming" "$RUN/back"
 }
 
 stage() { # the new generation, durable, beside those that are kept
@@ -984,7 +984,7 @@ finish() { # all that follows the decision; every part can be done again
 }
 
 close() { # nothing is pending any more; tidy is told by the two folders where it is cut off
-    rm -f "$ROOT/pending" && sync "$ROOT" && rm -rf "$ROOT/undo" "$ROOT/incoming" "$RUN/back-$ID"
+    rm -f "$ROOT/pending" && sync "$ROOT" && rm -rf "$RUN/back" "$ROOT/undo" "$ROOT/incoming"
 }
 
 prune() { # the oldest generations beyond KEEP, but never one that runs or that a rollback needs; whole, by a rename
@@ -1065,7 +1065,7 @@ undo() { # WHY: the old generation, files and processes, and `bad` is what did n
 }
 
 bring_back() { # the processes of the old generation, in the order they start; what was never touched goes on serving
-    mkdir -p "$RUN/back-$ID"
+    mkdir -p "$RUN/back"
     for _u in $added; do
         case " $adopt " in *" $_u "*) continue ;; esac
         systemctl stop ${NO_WAIT-} "$_u" 2>/dev/null
@@ -1077,12 +1077,12 @@ bring_back() { # the processes of the old generation, in the order they start; w
     for _u in $adopt; do
         touched_since "$_u" || continue
         restart_foreign "$_u" || bad="$bad $reason;"
-        : >"$RUN/back-$ID/$_u"
+        : >"$RUN/back/$_u"
     done
 }
 
 touched_since() { # UNIT: does anything but the process from before the switch run, and was it not brought back yet?
-    [ ! -e "$RUN/back-$ID/$1" ] || return 1
+    [ ! -e "$RUN/back/$1" ] || return 1
     show "$1"
     case " $was_active " in *" $1=$invocation "*) [ "$active" != active ] ;; esac
 }
@@ -1095,8 +1095,16 @@ bring_unit_back() { # UNIT
             return 0 ;;
     esac
     if [ -n "${NO_WAIT-}" ]; then systemctl restart --no-block "$1"
-    else bring_up "$FROM" "$1" || bad="$bad $reason;"; fi
-    : >"$RUN/back-$ID/$1"
+    else bring_up_patiently "$1" || bad="$bad $reason;"; fi
+    : >"$RUN/back/$1"
+}
+
+bring_up_patiently() { # UNIT: systemd cannot start anything while the disk is full to the last block, so wait
+    _since=$(centiseconds)
+    until bring_up "$FROM" "$1"; do
+        [ "$result" = resources ] && [ "$(seconds_since "$_since" | cut -d. -f1)" -lt "$deadline_s" ] || return 1
+        sleep 1
+    done
 }
 
 settle() { # after txn, however it ended: nothing to do unless it was armed

@@ -69,6 +69,7 @@ _fault() {
     _f_rest=$(sed 1d /var/tmp/fault)
     rm -f /var/tmp/fault
     [ -z "$_f_rest" ] || printf '%s\n' "$_f_rest" >/var/tmp/fault
+    cut -d' ' -f1,22 /proc/$$/stat >/var/tmp/fault-who
     echo "$1 $_f_kind" >>/var/tmp/fault-hit
     case $_f_kind in
         kill) kill -9 $$; exit 1 ;;
@@ -387,7 +388,7 @@ class Victim:
 
     def order(self, *faults: tuple[str, int, str]) -> None:
         """Name the points at which something happens, one after another."""
-        for name in ("fault", "fault-hit", "fault-go", "fault-trace"):
+        for name in ("fault", "fault-hit", "fault-go", "fault-trace", "fault-who"):
             self._path(name).unlink(missing_ok=True)
         if faults:
             self._path("fault").write_text("".join(f"{p} {n} {k}\n" for p, n, k in faults))
@@ -452,7 +453,7 @@ class Victim:
             sandbox.reboot(self.host)
         elif kind == "full":
             with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=12)
+                process.wait(timeout=8)
             self._freed("rm -f /filler /filler2")
         elif kind == "readonly":
             with suppress(subprocess.TimeoutExpired):
@@ -528,6 +529,9 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 _SETTLED = r"""
+if read -r pid since 2>/dev/null </var/tmp/fault-who; then # the shell that was hit may yet start a transaction
+    [ "$(cut -d' ' -f22 /proc/$pid/stat 2>/dev/null)" != "$since" ] || exit 1
+fi
 [ ! -e /etc/labdeploy/pending ] && [ ! -e /run/labdeploy/txn ] && [ -z "$(systemctl list-jobs --no-legend)" ] || exit 1
 for unit in labdeploy-txn labdeploy-recover; do
     [ "$(systemctl show -p ActiveState --value $unit)" = inactive ] || exit 1

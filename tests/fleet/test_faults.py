@@ -490,6 +490,39 @@ def test_what_an_older_program_left_pending(victims: Victims) -> None:
     forward(victim)
 
 
+def test_an_old_service_waits_for_room(victims: Victims) -> None:
+    """Where systemd cannot start the old service, for the disk is full to the last block, it is tried until it can."""
+    victim = victims["trixie"]
+    point = next(p for p, _ in points_of(victims, "back") if p.startswith("bring_back"))
+    words = prepare(victim, "back")
+    old = current(victim)
+    victim.order((point, 1, "wait"))
+    process = victim.start(*words)
+    assert victim.wait_for_hit(process)
+    # Room for fault-go and the first of the two folders that PrivateTmp= makes: with none, systemd does without them.
+    sandbox.run(victim.host, "sh", "-c", "mount -t tmpfs -o nr_inodes=3 tmpfs /var/tmp")
+    victim.go()
+    time.sleep(3)
+    said = sandbox.run(victim.host, "journalctl", "-b", "-u", "labdeploy-chat").stdout
+    sandbox.run(victim.host, "sh", "-c", "umount -l /var/tmp")
+    out, _ = process.communicate(timeout=60)
+    victim.settled()
+    victim.order()
+    assert "No space left" in said
+    assert process.returncode == 5, out
+    assert "is back" in out, out
+    assert current(victim) == old
+    assert faults.problems(faults.look(victim.host)) == []
+
+
+def test_a_push_that_ends_where_it_was_cut_leaves_no_marks(victims: Victims) -> None:
+    """What says which services were brought back goes with the transaction, wherever the end of that is cut off."""
+    victim = victims["bookworm"]
+    cut = next(p for p, _ in points_of(victims, "back") if p.startswith("close:") and p.endswith(".1"))
+    result = victim.strike("kill", (cut, 1), *prepare(victim, "back"))
+    assert result.problems + faults.problems(faults.look(victim.host)) == []
+
+
 def test_rollback_of_the_first_push_needs_no_journal(make_host: MakeHost, tiny_model: Path, tmp_path: Path) -> None:
     """What was there before the first push is a generation to go back to, by its link alone."""
     lab = Lab(tmp_path, [make_host("sid")], tiny_model)
