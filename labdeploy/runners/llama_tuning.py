@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -342,7 +342,7 @@ class _Search:
         """Try every set of GPUs, then the CPU alone where the inventory asks for no layers on a GPU."""
         found: Layout | None = None
         for gpus in self.room.gpu_sets:
-            layout = self.longest(gpus) if self.context_first else self.fastest(gpus)
+            layout = self.longest(gpus, found) if self.context_first else self.fastest(gpus)
             if layout and (found is None or self._worth(layout) > self._worth(found)):
                 found = layout
             if found and found.rank == len(self.ladder) - 1 and found.ctx_size >= self.most:
@@ -378,22 +378,33 @@ class _Search:
             return self.grown(layout, self.most)
         return self.grown(layout, self.one_block_ctx) if rank == self.bare else layout
 
-    def longest(self, gpus: tuple[GpuBudget, ...]) -> Layout | None:
-        """Take the longest context that fits on any rung, and of those rungs the highest."""
+    def longest(self, gpus: tuple[GpuBudget, ...], found: Layout | None) -> Layout | None:
+        """Take the longest context that fits on any rung, and of those rungs the highest; None where `found` has more.
 
-        def fails(step: int) -> bool:
-            return self.highest(gpus, lambda _rank: min(self.least + step * CTX_STEP, self.most)) is None
+        A rung that is too big stays so with more context, so each try starts from where the last one fitted.
+        """
+        least = found.ctx_size if found else self.least
+        steps = -(-(self.most - least) // CTX_STEP)
 
-        steps = -(-(self.most - self.least) // CTX_STEP)
-        found = bisect_left(range(steps), x=True, key=fails) if fails(steps) else steps + 1
-        if not found:
+        def ctx_at(step: int, _rank: int) -> int:
+            return min(least + step * CTX_STEP, self.most)
+
+        rank = self.highest(gpus, functools.partial(ctx_at, 0))
+        if rank is None:
             return None
-        ctx_size = min(self.least + (found - 1) * CTX_STEP, self.most)
-        return self.at(gpus, self.highest(gpus, lambda _rank: ctx_size) or 0, ctx_size)
+        low, high = 0, steps + 1  # steps that fit, and that do not or are not to be had
+        while high - low > 1:
+            step = steps if high > steps else (low + high) // 2
+            fitting = self.highest(gpus, functools.partial(ctx_at, step), top=rank)
+            if fitting is None:
+                high = step
+            else:
+                low, rank = step, fitting
+        return self.at(gpus, rank, ctx_at(low, rank))
 
-    def highest(self, gpus: tuple[GpuBudget, ...], ctx_at: Callable[[int], int]) -> int | None:
+    def highest(self, gpus: tuple[GpuBudget, ...], ctx_at: Callable[[int], int], top: int | None = None) -> int | None:
         """Find the highest rung that fits, from the top: compute buffers shrink on some rungs, so no bisection."""
-        for rank in reversed(range(len(self.ladder))):
+        for rank in reversed(range(len(self.ladder) if top is None else top + 1)):
             ctx_size = ctx_at(rank)
             if self.surely_too_big(gpus, rank, ctx_size):
                 continue
