@@ -333,7 +333,8 @@ class Result:
     kind: str
     point: str
     ended: str = "not reached"
-    silent_s: float = 0.0
+    silent_s: float | None = 0.0
+    """None where no service is to answer all the while."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -562,7 +563,7 @@ def table(file: Path) -> str:
     for kind in [*sorted({result.kind for result in results}), ""]:
         some = [result for result in results if kind in {"", result.kind} and result.ended != "not reached"]
         if some:
-            silent = [result.silent_s for result in some]
+            silent = [result.silent_s for result in some if result.silent_s is not None] or [0.0]
             good = sum(not result.problems for result in some)
             name = kind or "all"
             lines.append(f"{name:<28}{len(some):>7}{good:>12}{statistics.median(silent):>14.1f} s{max(silent):>7.1f} s")
