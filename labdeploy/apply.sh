@@ -20,9 +20,12 @@
 # Every file is made durable (sync FILE is an fsync) before anything relies on it. The moment of decision is the
 # rename of `good`: before it, every way out leads back to the old generation; after it, to the new one.
 
-# shellcheck shell=sh disable=SC2015,SC2010,SC2012,SC2016,SC2045,SC2046,SC2086
+# What it does for Ollama (stores of models, questions after a start) stands in ollama.sh, which is sent ahead of it.
+
+# shellcheck shell=sh disable=SC2015,SC2010,SC2012,SC2016,SC2034,SC2045,SC2046,SC2086,SC2154
 # (names of generations, units and services are of [A-Za-z0-9._-] alone, checked before they are sent, so lists of
-# them are split at spaces on purpose; `a && b || c` is meant to run c where either fails; awk has its own $1)
+# them are split at spaces on purpose; `a && b || c` is meant to run c where either fails; awk has its own $1; ollama.sh
+# reads and sets variables of this program)
 
 set -u -f
 umask 022
@@ -80,6 +83,7 @@ names_json() { # the services that changed, as the inside of a JSON list
 load_service() { # FOLDER OF A GENERATION, NAME
     unit='' ready='' completions='' models='' body='' n_ctx='' deadline_s=60 bind='' port='' gpu='' served=''
     binary='' model='' model_bytes=0 api_key_file='' devices='' groups='' layers=''
+    folder=$1 ladder='' version='' store='' import='' offload='' first_token_s=''
     while IFS= read -r _line; do
         _value=${_line#*=}
         case ${_line%%=*} in
@@ -90,6 +94,8 @@ load_service() { # FOLDER OF A GENERATION, NAME
             served) served=$_value ;;
             devices) devices=$_value ;; groups) groups=$_value ;; layers) layers=$_value ;;
             api_key_file) api_key_file=$_value ;;
+            ladder) ladder=$_value ;; version) version=$_value ;; store) store=$_value ;;
+            import) import=$_value ;; offload) offload=$_value ;;
         esac
     done <"$1/services/$2"
 }
@@ -172,10 +178,10 @@ refuse_drift() {
 push() { # ID HASH BY WATCH_S CONFIRM_S OPTIONS; the bundle may follow on stdin
     ID=$1 HASH=$2 BY=$3 OPTIONS=$6
     locked
-    _g=$(generation current)
+    FROM=$(generation current) _g=$FROM
     if [ -e "$ROOT/gen/$_g/SHA256SUMS" ] && [ ! -e "$ROOT/pending" ]; then
         _hash=$(sha256sum <"$ROOT/gen/$_g/SHA256SUMS")
-        if [ "${_hash%% *}" = "$HASH" ] && [ -z "$(drift)" ] &&
+        if [ "${_hash%% *}" = "$HASH" ] && [ -z "$(drift)" ] && [ -z "$(stale_stores "$ROOT/gen/$_g")" ] &&
             ! unit_states "$_g" | grep -qv ' active enabled$'; then
             emit result unchanged "$(number "$_g")"
             exit 0
@@ -278,6 +284,7 @@ fetch() { # GENERATION that is kept here
 
 decide() { # what would change, and what the plan was before, for the one who reads the recap
     compare_units "$ROOT/gen/$FROM" "$NEW"
+    overwrite "$(stale_stores "$NEW")"
     start=$(not_running "$same $touched")
     adopt='' release=''
     for _u in $added; do ! foreign "$_u" || adopt="$adopt $_u"; done
@@ -308,6 +315,7 @@ would() { # dry run: the steps that the functions below would take, in their ord
     [ "$TO" = "$FROM" ] || emit would "write generation $(number "$TO")"
     for _u in $adopt; do emit would "move $_u aside, with its drop-ins and links"; done
     for _u in $dropins; do emit would "remove $UNITS/$_u.d"; done
+    for _u in $(stale_stores "$NEW"); do emit would "make the store of models for $(service_of "$_u")"; done
     for _u in $added $changed $touched; do emit would "install $UNITS/$_u"; done
     for _u in $removed; do emit would "remove $UNITS/$_u"; done
     for _u in $release; do emit would "bring back the $_u that was here before"; done
@@ -377,6 +385,7 @@ preflight_service() { # UNIT: program, model and key are there, its user can rea
     set -- "$(service_of "$1")"
     [ -x "$binary" ] || refuse 2 "$1: $binary is not there" "install it, or say where it is: runners: {...: PATH}"
     port_free "$1"
+    [ -z "$ladder" ] || preflight_version "$1"
     [ -n "$model" ] || return 0
     [ -e "$model" ] || refuse 2 "$1: model file $model is not there" "scp MODEL {address}:$model"
     if [ -f "$model" ]; then
@@ -391,6 +400,7 @@ preflight_service() { # UNIT: program, model and key are there, its user can rea
         refuse 2 "$1: $model is not readable for the service's own user" "chmod a+rX on it and the folders above it"
     [ -z "$api_key_file" ] || [ -s "$api_key_file" ] || refuse 2 "$1: API key file $api_key_file is missing or empty"
     disk_fast_enough "$1"
+    [ -z "$store" ] || preflight_store "$1"
 }
 
 port_free() { # NAME: nobody else listens where it will; who does is told by ss, which names only root's view
@@ -662,7 +672,9 @@ restart_foreign() { # UNIT: as it was before it was adopted
 # --- forward ----------------------------------------------------------------------------------------------------
 
 tidy() { # what was staged and is needed no more; never while `pending` is there
-    [ -e "$ROOT/pending" ] || rm -rf "$ROOT/undo" "$ROOT/incoming" "$RUN/back"
+    [ ! -e "$ROOT/pending" ] || return 0
+    rm -rf "$ROOT/undo" "$ROOT/incoming" "$RUN/back"
+    prune_stores
 }
 
 stage() { # the new generation, durable, beside those that are kept
@@ -672,6 +684,7 @@ stage() { # the new generation, durable, beside those that are kept
     install_program
     [ -d "$ROOT/gen/$EMPTY" ] || stage_empty || refuse 1 "cannot write $ROOT"
     tell_adopted || refuse 1 "cannot write $ROOT"
+    make_stores
     [ "$VERB" = push ] && [ "$TO" != "$FROM" ] || return 0
     cp -R "$NEW" "$ROOT/incoming/gen" 2>/dev/null && durable "$ROOT/incoming/gen" ||
         refuse 1 "the new generation does not fit in $ROOT" "make room there; nothing was changed"
@@ -869,7 +882,7 @@ bring_up() { # GENERATION UNIT: (re)start it and see that it serves; 1 with `rea
     emit step probe "$_name"
     serves || return 1
     read_back "$1" "$_name" || return 1
-    emit service "$_name" "$_action" "$_down"
+    emit service "$_name" "$_action" "$_down" "$first_token_s"
 }
 
 wait_active() { # OLD_INVOCATION DEADLINE: until the new process says it is ready (ExecStartPost polls it)
@@ -903,18 +916,16 @@ last_words() { # the last journal lines of this very start, for the one who has 
     done
 }
 
-http() { # TIMEOUT_S URL [BODY]: the answer on stdout; the API key never stands in a command line
+http() { # TIMEOUT_S URL [BODY [WRITE_OUT]]: the answer on stdout; the API key never stands in a command line
     if [ -n "$api_key_file" ]; then
         printf 'header = "Authorization: Bearer %s"\n' "$(head -n 1 "$api_key_file")"
-    fi | curl -sS -f -m "$1" -K - -H 'Content-Type: application/json' ${3:+--data "$3"} "$2" 2>&1
+    fi | curl -sS --fail-with-body -m "$1" -K - -H 'Content-Type: application/json' \
+        ${3:+--data "$3"} ${4:+-w "$4"} "$2" 2>&1
 }
 
 serves() { # ready, one token, and the context that was planned
     _said=$(http 10 "$ready") || { unhealthy "$ready" "$_said"; return 1; }
-    if [ -z "$model" ] && ! http 10 "$models" | grep -qF "\"$served\""; then # a store of its own, still without it
-        emit warning "$_name" "is up, but model $served is not in its store yet"
-        return 0
-    fi
+    case $ladder in ollama) ladder_ollama; return ;; esac
     _said=$(http "$deadline_s" "$completions" "$body") || { unhealthy "one-token completion" "$_said"; return 1; }
     [ -z "$gpu" ] || gpu_in_use || { unhealthy GPU "planned, but its process has none open: it runs on the CPU"; return 1; }
     [ -n "$n_ctx" ] || return 0

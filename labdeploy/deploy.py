@@ -55,6 +55,8 @@ class ServiceOutcome:
 
     action: str
     downtime_s: float | None = None
+    first_token_s: float | None = None
+    """From the request to the first token, on the host itself; None of runners that are not asked for a stream."""
 
 
 @dataclass(frozen=True)
@@ -286,8 +288,8 @@ def _services(job: Job, lines: Sequence[Line]) -> dict[str, ServiceOutcome]:
     found = {name: ServiceOutcome("unchanged") for name in job.services}
     for line in lines:
         if line.kind == "service":
-            down = float(line.field(2)) if line.field(2) else None
-            found[line.field(0)] = ServiceOutcome(line.field(1), down)
+            down, first = (float(text) if text else None for text in (line.field(2), line.field(3)))
+            found[line.field(0)] = ServiceOutcome(line.field(1), down, first)
     return found
 
 

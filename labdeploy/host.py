@@ -55,6 +55,12 @@ def program(name: str = "apply.sh") -> bytes:
 
 
 @functools.cache
+def ollama_program() -> bytes:
+    """Read the functions that apply.sh calls for Ollama; they go ahead of it."""
+    return (Path(__file__).parent / "ollama.sh").read_bytes()
+
+
+@functools.cache
 def facts_program() -> bytes:
     """Read the questions that `probe` asks on hosts."""
     return (Path(__file__).parent / "facts" / "facts.sh").read_bytes()
@@ -110,7 +116,8 @@ class HostConnection:
         One exec: the program and the payload travel on its standard input. A payload that is too big to hold is a
         function that writes it. Raises HostError when the connection breaks or sudo wants a password.
         """
-        return self._run_program(program(name), (verb, *args), payload, on_line, timeout_s)
+        text = ollama_program() + program() if name == "apply.sh" else program(name)
+        return self._run_program(text, (verb, *args), payload, on_line, timeout_s)
 
     def ask_facts(self, *args: str) -> dict[str, tuple[str, ...]]:
         """Ask the host what it has (facts.sh), in one exec; the answer is the lines of each fact by its name."""

@@ -332,7 +332,7 @@ def choose_runner(service: Service, model: ModelFacts) -> tuple[str, str]:
     if model.format == "safetensors":
         return "vllm", "only vLLM serves a Hugging Face snapshot folder"
     if service.purpose == "experiment":
-        return "ollama", "for an experiment: models come and go without a push"
+        return "ollama", "for an experiment: whatever speaks to Ollama can use it"
     if service.purpose == "throughput":
         return "llama-server", "vLLM would be the choice for throughput, but it does not load GGUF files"
     return "llama-server", "for a service: one model, every setting fixed, the least that can go wrong"

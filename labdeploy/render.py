@@ -172,6 +172,7 @@ def _files(plan: HostPlan, environment: Environment) -> dict[str, bytes]:
     for service in plan.services:
         files[f"systemd/{service.unit}"] = _unit(service, environment).encode()
         files[f"services/{service.name}"] = _service_facts(service, plan).encode()
+        files |= service.host_files
     files["units"] = "".join(f"{service.unit} {service.name}\n" for service in plan.start_order).encode()
     files["plan.json"] = (json.dumps(planning.to_json(plan), indent=1) + "\n").encode()
     return files
@@ -261,6 +262,7 @@ def _service_facts(service: ServicePlan, plan: HostPlan) -> str:
         "model_bytes": service.model_bytes,
         "served": health.model,
         "api_key_file": service.api_key_file or "",
+        **service.host_facts,
     }
     proof = [
         *(("env", f"{name}={value}") for name, value in service.env.items()),

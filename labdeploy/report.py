@@ -133,6 +133,8 @@ def _actions(outcome: Outcome) -> str:
     done = []
     for name, service in outcome.services.items():
         after = f", ready after {service.downtime_s:.1f} s" if service.downtime_s is not None else ""
+        if service.first_token_s is not None:
+            after += f", first token {service.first_token_s * 1000:.0f} ms"
         if service.action != "unchanged":
             done.append(f"{name} {service.action}{after}")
     return "; ".join(done) or "nothing had to restart"

@@ -239,6 +239,27 @@ class Verbatim:
         return "text"
 
 
+@dataclass(frozen=True)
+class Block:
+    """Text of any number of lines, for a file of its own; only controls other than line breaks and tabs are refused."""
+
+    def read(self, node: yaml.Node, place: Place) -> str | None:
+        """Return the text as it is."""
+        text = _scalar(node, place, "text")
+        if text is not None and (found := CONTROL.search(re.sub(r"[\n\t]", "", text))):
+            place.problem(node, f"the text holds a control character ({found.group()!r})")
+            return None
+        return text
+
+    def json_schema(self) -> dict[str, Any]:
+        """Describe the text."""
+        return {"type": "string"}
+
+    def words(self) -> str:
+        """Say that several lines go."""
+        return "text, also of several lines"
+
+
 MOST_DIGITS = 20  # of a whole number; Python refuses to read one of thousands
 
 

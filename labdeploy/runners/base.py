@@ -205,6 +205,10 @@ class ServicePlan:
     """Whether layers or experts of it are computed on the CPU though it has GPUs."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Anything more the runner's template says."""
+    host_facts: Mapping[str, str] = field(default_factory=dict)
+    """Anything more the program on the host needs to know of it."""
+    host_files: Mapping[str, bytes] = field(default_factory=dict)
+    """Files that travel with its generation, by their path below the host's folder."""
 
     @property
     def url(self) -> str:

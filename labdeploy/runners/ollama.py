@@ -10,10 +10,11 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from labdeploy.errors import InventoryError
+from labdeploy.models.gguf import part_names
 from labdeploy.runners.base import (
     Budget,
     Choice,
@@ -24,7 +25,6 @@ from labdeploy.runners.base import (
     ServicePlan,
     as_asked,
     checkpoints,
-    device_env,
     gpu_sets,
     prefer_choice,
     start_timeout_s,
@@ -32,7 +32,19 @@ from labdeploy.runners.base import (
 )
 from labdeploy.runners.llama_memory import LlamaMemorySettings
 from labdeploy.runners.llama_tuning import needs
-from labdeploy.schema import AbsolutePath, Bool, Int, ListOf, Mib, OneOf, Size, Text, setting
+from labdeploy.runners.ollama_env import (
+    LLAMA_SERVER_SINCE,
+    OWNED_ENV,
+    SAFE_SINCE,
+    Version,
+    environment,
+    gpu_environment,
+    host_port,
+    numbers,
+    version_text,
+)
+from labdeploy.runners.ollama_store import Recipe, store_path
+from labdeploy.schema import AbsolutePath, Block, Bool, Int, ListOf, Mib, OneOf, Size, Text, Verbatim, setting
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -46,32 +58,14 @@ FIT_TARGET_MIB = 256
 PROXY_MIB = 128  # Ollama's own process beside llama-server: an estimate, it holds no tensors
 BASE_START_S = 120  # GPU discovery may take 30 s for each backend and 30 s more, before anything answers
 STOP_S = 15  # it cuts what runs, kills its children and is gone; nothing is drained
-LEAST_LOAD_TIMEOUT_S = 300  # Ollama's own
 KV_TYPES = ("f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 DURATION = r"-1|\d+|(?:\d+(?:ms|s|m|h))+"
 
+OLDEST_ASSUMED = ">=0.30"  # where its version is not known; the host compares
+_OF_OUR_STORE = ("import_by", "template", "stop", "num_gpu")
+
 # Ollama serves these one request at a time, whatever OLLAMA_NUM_PARALLEL says (server/sched.go).
 ONE_AT_A_TIME = ("mllama", "qwen3vl", "qwen35", "qwen3next", "lfm2", "nemotron_h")
-
-OWNED_ENV = {
-    "OLLAMA_HOST": "write bind: and port:",
-    "OLLAMA_MODELS": "write models:",
-    "OLLAMA_CONTEXT_LENGTH": "write context_length:",
-    "OLLAMA_NUM_PARALLEL": "write num_parallel:",
-    "OLLAMA_MAX_LOADED_MODELS": "write max_loaded_models:",
-    "OLLAMA_KEEP_ALIVE": "write keep_alive:",
-    "OLLAMA_KV_CACHE_TYPE": "write kv_cache_type:",
-    "OLLAMA_FLASH_ATTENTION": "write flash_attention:",
-    "OLLAMA_GPU_OVERHEAD": "it reserves nothing since Ollama 0.30; write fit_target:",
-    "LLAMA_ARG_THREADS": "write threads:",
-    "LLAMA_ARG_CACHE_RAM": "write cache_ram:",
-    "LLAMA_ARG_FIT_TARGET": "write fit_target:",
-    "LLAMA_ARG_CTX_CHECKPOINTS": "write ctx_checkpoints:",
-    "LLAMA_API_KEY": "Ollama does not send it to its own llama-server, so that every request would fail",
-    "LLAMA_ARG_HOST": "Ollama picks the address of its llama-server",
-    "LLAMA_ARG_PORT": "Ollama picks the port of its llama-server",
-    "CUDA_VISIBLE_DEVICES": "write gpus:",
-}
 
 
 @dataclass(frozen=True)
@@ -108,7 +102,26 @@ class OllamaSettings:
         Int(0, 1024), "context checkpoints per slot, for sliding-window and recurrent models", default=None
     )
     models: str | None = setting(
-        AbsolutePath, "its store of models, owned by the user ollama; default: one of its own", default=None
+        AbsolutePath,
+        "a store that Ollama keeps itself, owned by the user ollama; default: one that is made of the model",
+        default=None,
+    )
+    import_by: str | None = setting(
+        OneOf(("link", "copy", "api")),
+        "how the model gets into its store; default: link, which takes no room",
+        default=None,
+    )
+    num_gpu: int | None = setting(
+        Int(0, 1024),
+        "layers on the GPU, the output layer counted; default: what fits, by its llama-server",
+        default=None,
+    )
+    template: str | None = setting(
+        Block(), "prompt template in Ollama's own language; default: the one in the model file", default=None
+    )
+    stop: tuple[str, ...] | None = setting(ListOf(Verbatim()), "texts that end an answer", default=None)
+    origins: tuple[str, ...] | None = setting(
+        ListOf(Text("an origin", r"[^\s,]+")), "web pages that may use it, beside those of this host", default=None
     )
 
 
@@ -121,6 +134,11 @@ class _Tuning:
     gpus: tuple[GpuBudget, ...]
     gpu_layers: int
     choices: Mapping[str, Choice]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all layers are on the GPU, the output layer too."""
+        return self.gpu_layers > self.shape.n_layer_all
 
     def value(self, key: str) -> Any:  # noqa: ANN401
         return self.choices[key].value
@@ -142,10 +160,18 @@ class Ollama:
 
     def plan(self, request: Request, budget: Budget) -> ServicePlan:
         """Choose every setting that matters; what the inventory says always wins and is still checked."""
-        tuning = _with_prompt_cache(request.settings, _tune(request, _shape(request), budget))
+        asked, shape = request.settings, _shape(request)
+        text = version_text(request)
+        version = numbers(text) if text else None
+        tuning = _with_prompt_cache(asked, _tune(request, shape, budget), version)
         preferred = {"prefer": prefer_choice(request.prefer)} if tuning.gpus else {}
-        settings = {**preferred, **tuning.choices, **_server_choices(request, budget)}
+        threads = as_asked(asked.threads) or Choice(budget.threads, budget.threads_why)
+        store = _store(request, shape, _parameters(asked, tuning, threads.value))
+        settings = {**preferred, **tuning.choices, "threads": threads, **_server_choices(asked), **store.choices}
         deadline_s = start_timeout_s(request.model.size_bytes, budget.disk_mib_per_s, base_s=BASE_START_S)
+        env = environment(request, settings, version, deadline_s)
+        env |= gpu_environment(tuning.gpus, host_has_gpus=bool(budget.gpus))
+        n_ctx = min(tuning.value("context_length"), shape.n_ctx_train)
         return ServicePlan(
             name=request.name,
             unit=request.unit,
@@ -156,17 +182,24 @@ class Ollama:
             settings=settings,
             memory=_memory(tuning),
             argv=(request.binary, "serve"),
-            env={**_env(request, settings, tuning, deadline_s), **request.env},
+            env={**env, **request.env},
             gpus=tuning.gpus,
-            health=Health(ready_path="/api/version", model=request.model.name, deadline_s=deadline_s),
+            health=Health(ready_path="/api/version", model=request.model.name, deadline_s=deadline_s, n_ctx=n_ctx),
             stop_timeout_s=STOP_S,
-            model_path="",
+            model_path="" if asked.models else request.model.path,
             model_bytes=request.model.size_bytes,
             shortfall=tuple(_shortfall(tuning)),
             ways_to_fit=tuple(_ways_to_fit(tuning)),
-            warnings=tuple(_warnings(request, tuning)),
-            cpu_layers=tuning.gpu_layers <= tuning.shape.n_layer_all,
-            facts={"store": request.settings.models or ""},
+            warnings=tuple(_warnings(request, tuning, version)),
+            cpu_layers=not tuning.is_whole,
+            facts={"store": asked.models or "", "keeps_models": asked.import_by == "api"},
+            host_facts={
+                "ladder": self.name,
+                "version": text or OLDEST_ASSUMED,
+                "offload": "full" if tuning.gpus and tuning.is_whole else "",
+                **store.facts,
+            },
+            host_files=store.files,
         )
 
 
@@ -182,6 +215,13 @@ def _shape(request: Request) -> ModelShape:
         _refuse(request, "ollama serve takes no flags", "write its variables under env:")
     for name in sorted(OWNED_ENV.keys() & request.env.keys()):
         _refuse(request, f"env.{name} is set by the plan", OWNED_ENV[name])
+    named = [key for key in _OF_OUR_STORE if getattr(request.settings, key) is not None]
+    if request.settings.models and named:
+        what = f"{named[0]} is for a store that labdeploy makes, and models: names one that Ollama keeps"
+        _refuse(request, what, f"take out one of the two; what is in {request.settings.models} is served as it is")
+    if not request.settings.models and len(part_names(request.model.path)) > 1:
+        what = f"{request.model.path} is one of several parts, and Ollama wants a model in one file"
+        _refuse(request, what, "llama-gguf-split --merge FIRST-PART MERGED.gguf, then name that file under models:")
     if request.model.shape is None:
         what = "Ollama is planned for GGUF files, this model is a snapshot folder"
         _refuse(request, what, "write runner: vllm, or name a GGUF file of the model")
@@ -202,13 +242,16 @@ def _tune(request: Request, shape: ModelShape, budget: Budget) -> _Tuning:
     loads: it keeps `fit_target` free and puts the rest on the CPU, without an error.
     """
     asked, every = request.settings, shape.n_layer_all + 1
-    sets = _gpu_sets(asked, budget)
-    starts = [_start(asked, shape, budget, gpus, every) for gpus in sets]
+    layers = every if asked.num_gpu is None else min(asked.num_gpu, every)
+    sets = _gpu_sets(asked, budget) if layers else []
+    starts = [_start(asked, shape, budget, gpus, layers) for gpus in sets]
     whole = [_grown(asked, start) for start in starts if _fits(start)]
     best = max(whole, key=_context, default=None)
     longest = request.prefer == "context" and not budget.least
     if best and (not longest or _context(best) == (asked.context_length or shape.n_ctx_train)):
         return best
+    if asked.num_gpu and starts:  # the inventory wins: where so many layers do not fit, the plan says so
+        return best or starts[-1]
     found = [best] if best else []
     for start in starts[-1:]:
         fewer = [dataclasses.replace(start, gpu_layers=n) for n in range(1, every)]
@@ -295,8 +338,10 @@ def _last_that_fits(candidates: list[_Tuning]) -> _Tuning | None:
     return candidates[found - 1] if found and _fits(candidates[found - 1]) else None
 
 
-def _with_prompt_cache(asked: OllamaSettings, tuning: _Tuning) -> _Tuning:
+def _with_prompt_cache(asked: OllamaSettings, tuning: _Tuning, version: Version | None) -> _Tuning:
     """Give the prompt cache half of the RAM that is left: its default of 8 GiB is what OOM kills are made of."""
+    if version and version < LLAMA_SERVER_SINCE:
+        return tuning.but(cache_ram=Choice(0, "Ollama before 0.30 keeps none"))
     left = max(0.0, tuning.budget.ram_mib - _memory(tuning)["host"].total_mib)
     n = tuning.value("max_loaded_models")
     chosen = 0 if tuning.budget.least else int(min(CACHE_RAM_DEFAULT_MIB, left / 2 / n) // CTX_STEP * CTX_STEP)
@@ -304,19 +349,50 @@ def _with_prompt_cache(asked: OllamaSettings, tuning: _Tuning) -> _Tuning:
     return tuning.but(cache_ram=as_asked(asked.cache_ram) or Choice(chosen, why))
 
 
-def _server_choices(request: Request, budget: Budget) -> dict[str, Choice]:
-    """Give the settings that the model's memory does not depend on."""
-    asked = request.settings
-    return {
-        "threads": as_asked(asked.threads) or Choice(budget.threads, budget.threads_why),
-        "keep_alive": as_asked(asked.keep_alive) or Choice("-1", "a service keeps its model loaded"),
-        "models": as_asked(asked.models) or Choice(_own_store(request), "its own state folder, which it may write"),
-    }
+def _server_choices(asked: OllamaSettings) -> dict[str, Choice]:
+    """Give the settings that neither memory nor the store depends on."""
+    return {"keep_alive": as_asked(asked.keep_alive) or Choice("-1", "a service keeps its model loaded")}
 
 
-def _own_store(request: Request) -> str:
-    """Name the folder that StateDirectory= of the unit makes, as the service sees it."""
-    return f"/var/lib/labdeploy-{request.name}/models"
+# --- the model's way into its store -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Store:
+    """Where the service's store is and why, and what the host is told and sent to make it."""
+
+    choices: Mapping[str, Choice]
+    facts: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def _parameters(asked: OllamaSettings, tuning: _Tuning, threads: int) -> dict[str, Any]:
+    """Give the parameters that the model is served with, by their names in a Modelfile.
+
+    No number of layers unless one is asked for: with one, llama-server would not look at what is free.
+    """
+    parameters: dict[str, Any] = {"num_ctx": tuning.value("context_length"), "num_thread": threads}
+    if asked.num_gpu is not None:
+        parameters["num_gpu"] = asked.num_gpu
+    if asked.stop:
+        parameters["stop"] = list(asked.stop)
+    return parameters
+
+
+def _store(request: Request, shape: ModelShape, parameters: Mapping[str, Any]) -> _Store:
+    """Give the store: one that is there, one beside the model that is made of it, or its own that the API fills."""
+    asked, name = request.settings, request.name
+    if asked.models:
+        return _Store({"models": Choice(asked.models, "as the inventory says")})
+    recipe = Recipe(request.model.name, request.model.path, shape, parameters, asked.template)
+    by = as_asked(asked.import_by) or Choice("link", "a hard link: the model is on the disk once")
+    told = {"import": str(by.value)}
+    if by.value == "api":
+        place = Choice(f"/var/lib/labdeploy-{name}/models", "its own state folder, which it may write")
+        return _Store({"import_by": by, "models": place}, told, {f"stores/{name}/create.json": recipe.request})
+    place = Choice(store_path(request.model.path, name, recipe.content_hash), "beside the model, and read-only for it")
+    files = {f"stores/{name}/{path}": data for path, data in recipe.files.items()}
+    return _Store({"import_by": by, "models": place}, told | {"store": str(place.value)}, files)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------
@@ -409,20 +485,21 @@ def _ways_to_fit(tuning: _Tuning) -> Iterator[str]:
         yield f"num_parallel: {n}"
 
 
-def _warnings(request: Request, tuning: _Tuning) -> Iterator[str]:
+def _warnings(request: Request, tuning: _Tuning, version: Version | None) -> Iterator[str]:
     shape, asked = tuning.shape, request.settings
-    yield _create_line(request)
     if request.bind not in ("127.0.0.1", "::1"):
+        writable = asked.models or asked.import_by == "api"
+        can = "use, replace and delete its models" if writable else "use it; its models it cannot change"
         yield (
             f"listens on {request.bind}: Ollama has no authentication, so whoever reaches port {request.port} can"
-            " use, replace and delete its models; bind 127.0.0.1, or let only trusted hosts through a firewall"
+            f" {can}; bind 127.0.0.1, or let only trusted hosts through a firewall"
         )
     if not shape.known_arch:
         yield f"architecture {shape.arch} is planned by the general formula; expect more or less memory"
-    if tuning.gpus and tuning.gpu_layers <= shape.n_layer_all:
+    if tuning.gpus and not tuning.is_whole:
         n, most = tuning.gpu_layers, shape.n_layer_all + 1
         yield f"only some {n} of {most} layers fit on the GPU; Ollama puts the others on the CPU, which is slow"
-    elif tuning.budget.gpus and not tuning.gpus and asked.gpus != ():
+    elif tuning.budget.gpus and not tuning.gpus and asked.gpus != () and asked.num_gpu != 0:
         yield "no GPU can take a layer, so it runs on the CPU"
     if tuning.value("context_length") > shape.n_ctx_train:
         yield f"context_length is beyond the {shape.n_ctx_train} tokens the model was trained for: Ollama caps it"
@@ -432,60 +509,27 @@ def _warnings(request: Request, tuning: _Tuning) -> Iterator[str]:
         yield "max_loaded_models: memory is planned for one model; a second one pushes layers to the CPU"
     if asked.models:
         yield f"models: {asked.models} must belong to the user ollama: install -d -o ollama -g ollama {asked.models}"
+        yield _create_line(request)
+    yield from _version_warnings(tuning, asked, version)
+
+
+def _version_warnings(tuning: _Tuning, asked: OllamaSettings, version: Version | None) -> Iterator[str]:
+    """Say what an older Ollama does otherwise."""
+    if version is None or version >= LLAMA_SERVER_SINCE:
+        return
+    shown_version = ".".join(map(str, version))
+    if version < SAFE_SINCE:
+        hole = "gives away its memory to whoever reaches its port (CVE-2026-7482)"
+        yield f"Ollama {shown_version} {hole}: take 0.17.1 or newer"
+    if idle := [key for key in ("cache_ram", "ctx_checkpoints") if getattr(asked, key) is not None]:
+        yield f"{' and '.join(idle)}: nothing before Ollama 0.30, this is {shown_version}"
+    if tuning.value("kv_cache_type") not in ("f16", "f32") and tuning.value("flash_attention") is not True:
+        yield f"kv_cache_type: Ollama {shown_version} ignores it unless flash_attention: true stands beside it"
 
 
 def _create_line(request: Request) -> str:
-    """Say how the model gets into the store, which is not labdeploy's work yet."""
+    """Say how the model gets into a store that is not ours."""
     source = shlex.quote(f"FROM {request.model.path}")
-    at = f"OLLAMA_HOST={_host_port(request)}"
+    at = f"OLLAMA_HOST={host_port(request)}"
     create = f"echo {source} > Modelfile && {at} {request.binary} create {request.model.name} -f Modelfile"
     return f"the model must be in this Ollama's store under the name {request.model.name}; once it runs: {create}"
-
-
-# --- environment ------------------------------------------------------------------------------------------------
-
-
-def _host_port(request: Request) -> str:
-    """Write where it listens: without a scheme, which would change the default port."""
-    return f"[{request.bind}]:{request.port}" if ":" in request.bind else f"{request.bind}:{request.port}"
-
-
-def _env(request: Request, settings: Mapping[str, Choice], tuning: _Tuning, deadline_s: int) -> dict[str, str]:
-    """Write every tuned value: what stands here no default of another version can change.
-
-    Values that Ollama cannot read it replaces by a default in silence, so each is written in the form it parses.
-    """
-    value = {key: choice.value for key, choice in settings.items()}
-    env = {
-        "OLLAMA_HOST": _host_port(request),
-        "OLLAMA_MODELS": value["models"],
-        "OLLAMA_CONTEXT_LENGTH": str(value["context_length"]),
-        "OLLAMA_NUM_PARALLEL": str(value["num_parallel"]),
-        "OLLAMA_MAX_LOADED_MODELS": str(value["max_loaded_models"]),
-        "OLLAMA_KEEP_ALIVE": value["keep_alive"],
-        "OLLAMA_LOAD_TIMEOUT": f"{max(LEAST_LOAD_TIMEOUT_S, deadline_s)}s",
-        "OLLAMA_KV_CACHE_TYPE": value["kv_cache_type"],
-        "OLLAMA_NO_CLOUD": "1",
-        "OLLAMA_NOPRUNE": "1",
-        "LLAMA_ARG_THREADS": str(value["threads"]),
-        "LLAMA_ARG_CACHE_RAM": str(value["cache_ram"]),
-        "LLAMA_ARG_CTX_CHECKPOINTS": str(value["ctx_checkpoints"]),
-        "LLAMA_ARG_FIT_TARGET": str(value["fit_target"]),
-    }
-    if value["flash_attention"] != "auto":
-        env["OLLAMA_FLASH_ATTENTION"] = "1" if value["flash_attention"] else "0"
-    return {**env, **_gpu_env(tuning)}
-
-
-def _gpu_env(tuning: _Tuning) -> dict[str, str]:
-    """Show it the GPUs of the plan and no others, by any runtime.
-
-    Vulkan lists NVIDIA cards too, so a card hidden from CUDA would come back through it. A library that does not
-    exist (`cpu`) is how Ollama is told to use none.
-    """
-    env = device_env(tuning.gpus, host_has_gpus=bool(tuning.budget.gpus))
-    if not env:
-        return {}
-    if not tuning.gpus:
-        return {**env, "CUDA_VISIBLE_DEVICES": "-1", "OLLAMA_LLM_LIBRARY": "cpu", "OLLAMA_VULKAN": "0"}
-    return {**env, "OLLAMA_VULKAN": "1" if any(gpu.gpu.api == "vulkan" for gpu in tuning.gpus) else "0"}

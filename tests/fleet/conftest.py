@@ -112,11 +112,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print what the fault suite has tried."""
+    """Print what the fault suite has tried, and against which Ollama was tested."""
     import faults  # noqa: PLC0415
+    import ollama_lab  # noqa: PLC0415
 
     factory = getattr(config, "_tmp_path_factory", None)
     file = factory.getbasetemp() / "faults.jsonl" if factory else None
     if file and file.exists():
         terminalreporter.write_line("")
         terminalreporter.write_line(faults.table(file))
+    if any("test_ollama" in report.nodeid for report in terminalreporter.getreports("passed")):
+        terminalreporter.write_line(ollama_lab.told())

@@ -14,7 +14,8 @@ from labdeploy.models.gguf import GgufHeader, Tensor
 from labdeploy.models.model import ModelFacts
 from labdeploy.models.shape import ModelShape, model_shape
 from labdeploy.runners.base import Budget, GpuBudget, Request, ServicePlan
-from labdeploy.runners.ollama import OWNED_ENV, RUNNER, OllamaSettings
+from labdeploy.runners.ollama import RUNNER, OllamaSettings
+from labdeploy.runners.ollama_env import OWNED_ENV
 from labdeploy.schema import Mib
 
 
@@ -95,7 +96,7 @@ def test_the_environment_says_everything():
     assert planned.fits
     assert planned.argv == ("/usr/local/bin/ollama", "serve")
     assert planned.env["OLLAMA_HOST"] == "127.0.0.1:11434"
-    assert planned.env["OLLAMA_MODELS"] == "/var/lib/labdeploy-chat/models"
+    assert planned.env["OLLAMA_MODELS"] == planned.host_facts["store"]
     assert planned.env["OLLAMA_CONTEXT_LENGTH"] == str(planned.settings["context_length"].value)
     fixed = {
         "OLLAMA_NUM_PARALLEL": "1",
@@ -263,17 +264,20 @@ def test_anything_else_passes_through():
     assert plan(request(more={"env": {"OLLAMA_DEBUG": "1"}}), budget()).env["OLLAMA_DEBUG"] == "1"
 
 
-def test_it_says_how_the_model_gets_into_the_store():
-    """Ollama does not serve a file in place, and paths may hold blanks."""
-    line = plan(request(), budget(gpu())).warnings[0]
+def test_it_says_how_the_model_gets_into_a_store_of_its_users():
+    """Labdeploy makes none of the model then, and paths may hold blanks."""
+    line = plan(request(models="/srv/ollama"), budget(gpu())).warnings[-1]
     assert "echo 'FROM /srv/models/llama 8b.gguf' > Modelfile" in line
     assert "OLLAMA_HOST=127.0.0.1:11434 /usr/local/bin/ollama create llama -f Modelfile" in line
 
 
-def test_an_open_port_is_warned_of():
-    """Anyone could delete its models."""
-    warnings = plan(request(more={"bind": "0.0.0.0"}), budget(gpu())).warnings  # noqa: S104
-    assert any("no authentication" in line and "delete" in line for line in warnings)
+@pytest.mark.parametrize(
+    ("settings", "said"), [({}, "cannot change"), ({"import_by": "api"}, "delete"), ({"models": "/srv/o"}, "delete")]
+)
+def test_an_open_port_is_warned_of(settings: dict[str, Any], said: str):
+    """Anyone could use it, and delete its models where they are not in a store that is read-only for it."""
+    warnings = plan(request(more={"bind": "0.0.0.0"}, **settings), budget(gpu())).warnings  # noqa: S104
+    assert any("no authentication" in line and said in line for line in warnings)
 
 
 def test_what_ollama_does_otherwise_is_warned_of():
