@@ -90,7 +90,7 @@ def test_from_one_runner_to_the_other_and_back(lab: OllamaLab) -> None:
         assert lab.run("check").code == 0
     assert lab.run("rollback", lab.host.name).code == 0
     assert lab.loaded()["name"] == "tiny:latest"
-    for context in (1024, 1536, 2048):
+    for context in (1024, 1536):
         lab.set(runner="llama-server", ctx_size=context)
         lab.push_ok()
     assert lab.stores() == []
