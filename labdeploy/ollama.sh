@@ -68,7 +68,7 @@ make_stores() { # every store that the new generation names and that is not ther
         mkdir -p "$ROOT/stores" && ln -sfn "$store" "$ROOT/stores/${store##*/}" && sync "$ROOT/stores" ||
             refuse 1 "cannot write $ROOT"
         store_whole || make_store "$_name"
-        mkdir -p "$store/.labdeploy/users" && : >"$store/.labdeploy/users/$(cat /etc/machine-id)" ||
+        : >"$store/.labdeploy/users/$(cat /etc/machine-id)" ||
             refuse 1 "$_name: cannot write $store"
     done
 }
@@ -76,7 +76,7 @@ make_stores() { # every store that the new generation names and that is not ther
 make_store() { # NAME: aside, durable, then renamed
     emit step import "$1" "$((model_bytes / 1048576))"
     rm -rf "$store.new" && mkdir -p "${store%/*}" && cp -R "$NEW/stores/$1" "$store.new" 2>/dev/null &&
-        mkdir "$store.new/.labdeploy" || refuse 1 "$1: cannot write ${store%/*}" "it must be on a disk that the host may write"
+        mkdir -p "$store.new/.labdeploy/users" || refuse 1 "$1: cannot write ${store%/*}" "it must be on a disk that the host may write"
     _sum=$(sum_of "$model")
     [ -n "$_sum" ] || refuse 1 "$1: cannot read $model"
     _blob=$store.new/blobs/sha256-$_sum
@@ -84,6 +84,7 @@ make_store() { # NAME: aside, durable, then renamed
         link) _said=$(ln "$(readlink -f "$model")" "$_blob" 2>&1) || { rm -rf "$store.new"; refuse_link "$1" "${_said##*: }"; } ;;
         copy) cp --reflink=auto "$model" "$_blob" || { rm -rf "$store.new"; refuse 1 "$1: cannot copy $model to $_blob"; } ;;
     esac
+    [ ! -d "$store/.labdeploy/users" ] || cp -R "$store/.labdeploy/users" "$store.new/.labdeploy/"
     find "$store.new/manifests" -type f -exec sed -i "s/@model-digest@/sha256:$_sum/" {} + &&
         printf '%s %s\n' "$(identity "$model")" "$_sum" >"$store.new/.labdeploy/made" && durable "$store.new" &&
         rm -rf "$store" && mv -T "$store.new" "$store" && sync "${store%/*}" || refuse 1 "$1: cannot write $store"

@@ -173,7 +173,8 @@ def _gpu_warnings(host: Host, machine: Machine) -> Iterator[str]:
 def _model_warnings(inventory: Inventory, host: Host, probed: Probed, lock: Mapping[str, Any]) -> Iterator[str]:
     for name, path in model_paths(inventory, host).items():
         size, locked = probed.sizes.get(name), _locked_size(lock.get("models", {}).get(name))
-        if size is None and any(s.model == name and s.runner != "ollama" for s in host.services.values()):
+        readers = [s for s in host.services.values() if s.model == name and not getattr(s.settings, "models", None)]
+        if size is None and readers:
             yield f"models.{name}: {path} is not there, or not all of it"
         elif size is not None and size != locked and not isinstance(probed.headers.get(name), ModelError):
             yield f"models.{name}: {path} has {size} bytes here, the lock is of a file with {locked}"

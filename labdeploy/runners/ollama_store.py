@@ -46,7 +46,9 @@ class Recipe:
     def files(self) -> dict[str, bytes]:
         """The files of the store beside the model itself, by their paths in it."""
         config = _json(_config(self.shape))
-        texts = {"params": _json(self.parameters)} | ({"template": self.template.encode()} if self.template else {})
+        texts = {"params": _json(dict(sorted(self.parameters.items())))} | (
+            {"template": self.template.encode()} if self.template else {}
+        )
         model = {"mediaType": _LAYER + "model", "digest": MODEL_DIGEST, "size": self.shape.size_bytes}
         manifest = {
             "schemaVersion": 2,
@@ -106,7 +108,9 @@ def _layer(media_type: str, content: bytes) -> dict[str, Any]:
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    """Write JSON as Go's encoder does, so that blobs are those that Ollama itself would write."""
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+    return text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026").encode() + b"\n"
 
 
 def _sha256(content: bytes) -> str:

@@ -73,10 +73,11 @@ class OllamaLab(Lab):
         (folder / "bin" / "ollama").chmod(0o755)
         (folder / "version").write_text(version)  # of the stand-in
         (folder / "release").write_text(str(release))
-        runner = folder / "lib" / "ollama" / "llama-server"
-        runner.parent.mkdir(parents=True)
-        runner.write_text('#!/bin/sh\nexec /usr/bin/llama-server "$@"\n')
-        runner.chmod(0o755)
+        tools = folder / "lib" / "ollama"
+        tools.mkdir(parents=True)
+        for name in ("llama-server", "llama-quantize"):
+            (tools / name).write_text(f'#!/bin/sh\nexec /usr/bin/{name} "$@"\n')
+            (tools / name).chmod(0o755)
         return folder
 
     def versions(self) -> tuple[str, str]:

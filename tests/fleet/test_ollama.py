@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import pytest
-from lab import UNIT
 from ollama_lab import KINDS, OllamaLab
 
 if TYPE_CHECKING:
@@ -58,6 +58,15 @@ def test_a_model_is_served_without_a_copy(lab: OllamaLab) -> None:
     assert lab.on_host("find", store, "-type", "f") == files, "Ollama's own garbage collection"
     assert lab.complete()
 
+    lab.extra = {"hardware": {"cpu": {"cores": 2}, "ram": "8GiB", "gpus": [GPU]}}
+    lab.set()
+    fell = lab.push(watch_s=0)
+    assert fell.code == 5, fell.err
+    assert re.search(r"GPU: 0 of \d+ MiB are on it, all was planned", " ".join(fell.err.split())), fell.err
+    assert lab.complete(), "the old generation serves again"
+    lab.extra = {}
+    lab.set()
+
     new = lab.install(two, release=2)
     assert lab.run("runner", "use", lab.host.name, "ollama", new).code == 0
     lab.push_ok()
@@ -81,7 +90,7 @@ def test_from_one_runner_to_the_other_and_back(lab: OllamaLab) -> None:
         assert lab.run("check").code == 0
     assert lab.run("rollback", lab.host.name).code == 0
     assert lab.loaded()["name"] == "tiny:latest"
-    for context in (1024, 1536, 2048):
+    for context in (1024, 1536):
         lab.set(runner="llama-server", ctx_size=context)
         lab.push_ok()
     assert lab.stores() == []
@@ -126,7 +135,7 @@ def test_what_ollama_says_fails_a_push(stand_in: OllamaLab) -> None:
 
 
 def test_a_model_that_cannot_be_linked(stand_in: OllamaLab) -> None:
-    """It says what a copy costs; a file that was replaced is served anew; the last way is that of the API."""
+    """It says what a copy costs; a file that was replaced is served anew."""
     lab = stand_in
     lab.install("0.33.0")
     lab.on_host("sh", "-c", "mv /srv/models/tiny.gguf /run/tiny.gguf && ln -s /run/tiny.gguf /srv/models/tiny.gguf")
@@ -148,9 +157,20 @@ def test_a_model_that_cannot_be_linked(stand_in: OllamaLab) -> None:
     (blob,) = lab.on_host("find", lab.store(), "-size", "+1000k").splitlines()
     assert lab.inode(blob) == lab.inode("/srv/models/tiny.gguf")
 
+
+def test_the_api_is_the_last_way(lab: OllamaLab) -> None:
+    """Where a version does not take what lies in its store, Ollama makes the model; once for each set of parameters."""
+    lab.install(lab.versions()[0])
     lab.set(import_by="api", env={"STAND_IN": "blind"})
-    lab.push_ok()
+    first = lab.push("--json")
+    assert first.code == 0, first.err
     assert lab.loaded()["context_length"] == 2048
-    since = lab.show("InvocationID", UNIT)
+    assert lab.complete()
+    made = lab.api("/api/tags")["models"][0]["digest"]
     assert lab.push_ok()["result"] == "unchanged"
-    assert lab.show("InvocationID", UNIT) == since
+    lab.set(import_by="api", context_length=1024)
+    lab.push_ok()
+    assert lab.loaded()["context_length"] == 1024
+    assert lab.api("/api/tags")["models"][0]["digest"] != made
+    assert lab.run("rollback", lab.host.name).code == 0
+    assert lab.loaded()["context_length"] == 2048

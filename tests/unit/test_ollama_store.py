@@ -14,8 +14,11 @@ from test_ollama_runner import LLAMA_8B, budget, gpu, plan, request
 import labdeploy
 from labdeploy.errors import InventoryError
 from labdeploy.facts.build import Build
+from labdeploy.models.gguf import read_header
 from labdeploy.models.model import ModelFacts
-from labdeploy.runners.ollama_store import MODEL_DIGEST
+from labdeploy.models.shape import model_shape
+from labdeploy.runners.ollama_store import MODEL_DIGEST, Recipe
+from labdeploy.tiny_model import write_tiny_model
 
 CODE = Path(labdeploy.__file__).parent
 PROGRAM = (CODE / "ollama.sh").read_text() + (CODE / "apply.sh").read_text().removesuffix('"$@"\n')
@@ -70,6 +73,16 @@ def test_the_config_says_what_kind_of_model_it_is():
     config = json.loads(found["blobs/" + json.loads(found[MANIFEST])["config"]["digest"].replace(":", "-")])
     assert (config["model_format"], config["model_family"], config["model_families"]) == ("gguf", "llama", ["llama"])
     assert config["model_type"] == "8.0B"
+
+
+def test_blobs_are_those_that_ollama_writes(tmp_path: Path):
+    """Byte for byte: these are the names that Ollama 0.33 gave them when it made the tiny model over its API."""
+    shape = model_shape(read_header(write_tiny_model(tmp_path / "tiny.gguf")))
+    recipe = Recipe("tiny", "/srv/models/tiny.gguf", shape, {"num_thread": 2, "num_ctx": 2048}, None)
+    assert {path for path in recipe.files if path.startswith("blobs/")} == {
+        "blobs/sha256-830e9514d424c0e267e9956c30c159a45dc1822ae4247a1cf5a09d030441eafd",
+        "blobs/sha256-a5cc17a55464e6424d30cae49494eb4730a2d19c5e4988f1992933f0f7bf32d4",
+    }
 
 
 def test_parameters_are_those_of_the_plan():
