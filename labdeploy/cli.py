@@ -11,6 +11,7 @@ import click
 from labdeploy import __version__
 from labdeploy.cli_base import Options, ask, common, first_hint, hosts_argument, print_json, reporting, tell_all
 from labdeploy.cli_models import models
+from labdeploy.cli_pick import pick
 from labdeploy.errors import INTERRUPTED, CheckError, InventoryError, LabdeployError
 
 if TYPE_CHECKING:
@@ -529,6 +530,7 @@ def runner_rm(options: Options, host: str, runner: str, build: str) -> None:
 
 
 cli.add_command(models)
+cli.add_command(pick)
 
 
 # --- facts, models, schema --------------------------------------------------------------------------------------------
