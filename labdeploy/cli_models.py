@@ -80,7 +80,13 @@ def models_ls(options: Options, hosts: tuple[str, ...], no_sums: bool) -> int:
 @models.command("push")
 @click.argument("hosts", metavar="HOST")
 @click.argument("source", metavar="FILE|DIR|HOST:MODEL|MODEL")
-@click.option("--as", "name", default=None, metavar="PATH", help="Its place below models_dir; default: its own name.")
+@click.option(
+    "--as",
+    "name",
+    default=None,
+    metavar="PATH",
+    help="Its place below models_dir, or a folder there: DIR/. Default: its own name.",
+)
 @reporting
 def models_push(options: Options, hosts: str, source: str, name: str | None) -> None:
     """Copy a model to a host (or a group of them, one after another); what was cut off goes on where it stopped.
@@ -185,14 +191,17 @@ def models_mv(options: Options, host: str, model: str, new: str) -> None:
 @click.argument("names", metavar="MODEL...", nargs=-1, required=True)
 @reporting
 def models_rm(options: Options, host: str, names: tuple[str, ...]) -> None:
-    """Remove models from a host; refused while a kept generation, a unit or a process uses one of them."""
+    """Remove models from a host, or what is left of copies that were cut off.
+
+    Refused while a kept generation, a unit or a process uses one of them.
+    """
     from labdeploy import model_files, report_models  # noqa: PLC0415
     from labdeploy.host import HostConnection  # noqa: PLC0415
 
     target = options.inventory.host(host)
     with HostConnection(target, options.inventory.folder) as connection:
         store = model_files.store(connection, _folder(target), sums=False)
-        found = [store.model(name, host) for name in names]
+        found = [store.removable(name, host) for name in names]
         _refuse_used(host, found)
         told = ", ".join(f"{model.name} ({report_models.size_text(model.size_bytes)})" for model in found)
         options.confirm(f"Remove {told} from {host}?")

@@ -91,7 +91,10 @@ class LocalFile:
         self._digest = hashlib.sha256()
 
     def __enter__(self) -> Self:
-        self._file = self._path.open("rb", buffering=0)
+        try:
+            self._file = self._path.open("rb", buffering=0)
+        except OSError as error:
+            raise InventoryError(f"cannot be read: {error.strerror}", where=str(self._path)) from None
         self._before = os.fstat(self._file.fileno())
         return self
 
@@ -162,8 +165,11 @@ def find(inventory: Inventory, source: str, name: str | None) -> list[Item]:
     """Find what to copy: a file or folder here, `HOST:MODEL`, or a model of the inventory that has a local copy."""
     path = Path(source).expanduser()
     host, colon, place = source.partition(":")
+    own_name = path.absolute().name if path.exists() else place.rstrip("/").rpartition("/")[2]
+    if name and name.endswith("/"):  # a folder, as for cp
+        name += own_name
     if path.exists():
-        return local_items(path, name or _place_of(inventory, path) or path.absolute().name)
+        return local_items(path, name or _place_of(inventory, path) or own_name)
     if colon and host in inventory.hosts:
         return _host_items(inventory, inventory.host(host), place, name)
     if source in inventory.models and (local := inventory.models[source].local):

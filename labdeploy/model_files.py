@@ -41,6 +41,13 @@ class Store:
             raise InventoryError(what, where=host, hint=f"labdeploy models ls {host}")
         return names[name.rstrip("/")]
 
+    def removable(self, name: str, host: str) -> StoredModel:
+        """Give a model by its name, or what is left of a copy that was cut off."""
+        sizes = dict(self.parts)
+        if name in sizes and name not in {model.name for model in self.models}:
+            return StoredModel(name, "file", (ModelFile(name, sizes[name]),))
+        return self.model(name, host)
+
 
 @dataclass(frozen=True)
 class Verified:

@@ -215,7 +215,7 @@ look_for() { # a file of another size is another file; one of the same size is r
 
 print_sum() { # NAME BYTES
     [ -f "$dir/$1" ] || refuse 2 "$dir/$1 is not there" "labdeploy models ls {host}"
-    if [ "$2" = - ]; then known_sum "$dir/$1" "$1"; else read_sum "$dir/$1" "$1" "$2"; fi
+    if [ "$2" = - ] || [ "$2" = "$(size_of "$dir/$1")" ]; then known_sum "$dir/$1" "$1"; else read_sum "$dir/$1" "$1" "$2"; fi
     [ -n "$sum" ] || refuse 1 "$dir/$1 cannot be read"
     emit result "$sum"
 }
@@ -330,7 +330,8 @@ free_of_pushes() { # or refuses
 
 unused() { # NAMES
     for _name; do
-        [ -e "$dir/$_name" ] || refuse 2 "$dir/$_name is not there" "labdeploy models ls {host}"
+        [ -e "$dir/$_name" ] || [ -e "$(part_of "$dir/$_name")" ] ||
+            refuse 2 "$dir/$_name is not there" "labdeploy models ls {host}"
         printf '%s\n' "$_name"
     done >"$RUN/names"
     _users=$(users_in_words)

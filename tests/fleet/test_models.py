@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from labdeploy.sandbox import SandboxHost
 
-BIG_BYTES = 200_000_003  # of no round number
+BIG_BYTES = 100_000_003  # of no round number
 N_CUTS = 10
 LEAST_CUT_BYTES = 20_000  # somewhere in the login
 PART = "/srv/models/.big.gguf.labdeploy-part"
@@ -115,6 +116,9 @@ def test_a_copy_that_is_cut_ten_times_ends_whole(lab: Models) -> None:
 def test_a_part_that_is_not_of_this_file_is_not_used(lab: Models) -> None:
     """What lies there from another file of the same name, or was damaged meanwhile, is sent anew."""
     small = lab.file("big.gguf", 3_000_000)
+    sandbox.run(lab.host, "sh", "-c", f"head -c 1000000 /dev/zero >{PART}")
+    assert lab.run("models", "rm", lab.host.name, "big.gguf", "-y").code == 0
+    assert lab.on_host("ls", "-A", "/srv/models") == "tiny.gguf", "what is left of a copy can be removed"
     sandbox.run(lab.host, "sh", "-c", f"head -c 1000000 /dev/zero >{PART}")
     ended = lab.run("models", "push", lab.host.name, str(small), "--json")
     assert ended.code == 0, ended.err
@@ -232,15 +236,19 @@ def test_without_room_no_byte_is_sent(lab: Models) -> None:
 
 
 def test_two_copies_of_one_file_do_not_meet(lab: Models) -> None:
-    """The second one is refused with exit code 6 while the first one writes; then the file is whole."""
+    """The second is refused while the first is at work, and takes over from one that has stood still; all end whole."""
     big = lab.file("big.gguf", BIG_BYTES // 2)
-    argv = [sys.executable, "-m", "labdeploy", "models", "push", lab.host.name, str(big)]
-    with subprocess.Popen(argv, cwd=lab.folder) as command:
+    words = ("models", "push", lab.host.name, str(big))
+    with subprocess.Popen([sys.executable, "-m", "labdeploy", *words], cwd=lab.folder) as command:
         wait_for_part(lab, 1, command)
-        stopped = f"kill -STOP {command.pid}"
-        subprocess.run(["sh", "-c", stopped], check=True)
-        second = lab.run("models", "push", lab.host.name, str(big))
-        subprocess.run(["sh", "-c", f"kill -CONT {command.pid}"], check=True)
-        assert (second.code, "another copy is writing it" in second.err) == (6, True), second.err
-        assert command.wait(120) == 0
+        command.send_signal(signal.SIGSTOP)
+        time.sleep(1)  # what is on its way is written
+        lab.on_host("touch", "-d", "1 hour", PART)
+        second = lab.run(*words)
+        lab.on_host("touch", "-d", "1 hour ago", PART)
+        third = lab.run(*words)
+        command.send_signal(signal.SIGCONT)
+        assert command.wait(120) == 0, "it finds that the file is there"
+    assert (second.code, "another copy is writing it" in second.err) == (6, True), second.err
+    assert third.code == 0, third.err
     assert lab.sum_on(lab.host, "/srv/models/big.gguf") == hashlib.sha256(big.read_bytes()).hexdigest()

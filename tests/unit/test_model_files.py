@@ -188,7 +188,9 @@ def test_local_sources(lab: Lab):
     assert names(str(lab.folder / "b.gguf")) == ["b.gguf"]
     assert names("q") == names(str(lab.folder / "a.gguf")) == ["x/q.gguf"]
     assert names(str(lab.folder / SPLIT[1])) == [SPLIT[i][4:] for i in (1, 2, 0)]
-    assert names(str(lab.folder / "hf"), "y/") == ["y/model-1.safetensors", "y/tok/vocab.json", "y/config.json"]
+    assert names(str(lab.folder / "hf"), "y") == ["y/model-1.safetensors", "y/tok/vocab.json", "y/config.json"]
+    assert names("q", "y/q.gguf") == names(str(lab.folder / "b.gguf"), "y/q.gguf") == ["y/q.gguf"]
+    assert names(str(lab.folder / "b.gguf"), "y/") == ["y/b.gguf"]
 
 
 def test_sources_that_are_none(lab: Lab):
