@@ -6,7 +6,8 @@ import sys
 
 import click
 
-from labdeploy.cli import cli, tell_all
+from labdeploy.cli import cli
+from labdeploy.cli_base import tell_all
 from labdeploy.errors import INTERRUPTED, LabdeployError
 
 

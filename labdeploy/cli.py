@@ -2,97 +2,25 @@
 
 from __future__ import annotations
 
-import functools
-import json
-import sys
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from labdeploy import __version__
+from labdeploy.cli_base import Options, ask, common, first_hint, hosts_argument, print_json, reporting, tell_all
+from labdeploy.cli_models import models
+from labdeploy.cli_pick import pick
 from labdeploy.errors import INTERRUPTED, CheckError, InventoryError, LabdeployError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from labdeploy.deploy import Outcome
     from labdeploy.generation import Generation
     from labdeploy.inventory import Host, Inventory
     from labdeploy.plan import HostPlan
-
-F = TypeVar("F", bound="Callable[..., Any]")
-
-
-class Options:
-    """The global options, wherever on the command line they stood."""
-
-    inventory_path: Path | None = None
-    json: bool = False
-    yes: bool = False
-    verbose: bool = False
-
-    @functools.cached_property
-    def inventory(self) -> Inventory:
-        """The inventory, read once."""
-        from labdeploy import inventory  # noqa: PLC0415
-
-        return inventory.load(inventory.find(self.inventory_path))
-
-    def confirm(self, question: str) -> None:
-        """Ask on a terminal; without one, -y must have been given."""
-        if self.yes:
-            return
-        if not sys.stdin.isatty():
-            raise InventoryError(f"{question} There is no terminal to ask on", hint="add -y to go ahead")
-        if not click.confirm(question, err=True):
-            raise LabdeployError("nothing was done")
-
-
-def tell_all(whats: Iterable[str], hint: str = "") -> None:
-    """Print errors on stderr, each of their lines, then what to type next."""
-    for line in (line for what in whats for line in what.splitlines()):
-        click.echo(f"error: {line}", err=True)
-    if hint:
-        click.echo(f"\nhint: {hint}", err=True)
-
-
-def _set(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
-    def callback(ctx: click.Context, _param: click.Parameter, value: Any) -> None:  # noqa: ANN401
-        options = ctx.ensure_object(Options)
-        if value:
-            setattr(options, name, value)
-
-    return callback
-
-
-def common(command: F) -> F:
-    """Give a command the global options, so that they may stand before or after its name."""
-    flags = [
-        click.option(
-            "-i",
-            "--inventory",
-            type=click.Path(path_type=Path),
-            help="The inventory; else $LABDEPLOY_INVENTORY, else the nearest inventory.yaml upwards.",
-            expose_value=False,
-            callback=_set("inventory_path"),
-        ),
-        click.option("--json", is_flag=True, help="Report as JSON.", expose_value=False, callback=_set("json")),
-        click.option("-y", "--yes", is_flag=True, help="Do not ask.", expose_value=False, callback=_set("yes")),
-        click.option("-v", "--verbose", is_flag=True, help="Say more.", expose_value=False, callback=_set("verbose")),
-    ]
-    for flag in reversed(flags):
-        command = flag(command)
-    return command
-
-
-def reporting(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the global options and pass them as its first argument."""
-    return common(click.make_pass_decorator(Options, ensure=True)(command))
-
-
-hosts_argument = click.argument("hosts", metavar="[HOST]...", nargs=-1)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
@@ -151,7 +79,7 @@ def plan_command(options: Options, hosts: tuple[str, ...], changes: tuple[str, .
         warnings = {p.host.name: list(p.warnings) for p in plans if p.warnings}
         compared = {p.host.name: plan.changes(old, p) for old, p in zip(now, plans, strict=True)}
         asked = {"what_if": {"set": list(changes), "changes": compared}} if changes else {}
-        _print_json({"hosts": {p.host.name: plan.to_json(p) for p in plans}, "warnings": warnings} | asked)
+        print_json({"hosts": {p.host.name: plan.to_json(p) for p in plans}, "warnings": warnings} | asked)
     else:
         for old, p in zip(now, plans, strict=True):
             click.echo(report.plan_text(p), nl=False)
@@ -173,7 +101,7 @@ def render(options: Options, hosts: tuple[str, ...], output: Path, stdout: bool)
 
     generations = _generations(options, _plans(options, hosts))
     if stdout and options.json:
-        _print_json({"hosts": {h: {p: d.decode() for p, d in g.files.items()} for h, g in generations.items()}})
+        print_json({"hosts": {h: {p: d.decode() for p, d in g.files.items()} for h, g in generations.items()}})
         return
     if stdout:
         for host, generation in generations.items():
@@ -182,7 +110,7 @@ def render(options: Options, hosts: tuple[str, ...], output: Path, stdout: bool)
     for host, generation in generations.items():
         _write_tree(output / host, generation)
     if options.json:
-        _print_json({"output": str(output), "hosts": {h: sorted(g.files) for h, g in generations.items()}})
+        print_json({"output": str(output), "hosts": {h: sorted(g.files) for h, g in generations.items()}})
         return
     for host, generation in generations.items():
         click.echo(f"{host}: {len(generation.files)} files in {output / host}")
@@ -329,7 +257,7 @@ def _run(
             stop=progress.stop,
         )
     if options.json:
-        _print_json(deploy.to_json(push_id, outcomes))
+        print_json(deploy.to_json(push_id, outcomes))
     else:
         for outcome in outcomes:
             click.echo(report.outcome_text(outcome), nl=False)
@@ -344,24 +272,10 @@ def _tell_errors(outcomes: Sequence[Outcome]) -> None:
     """Print every host's error, then one hint: the first failure's."""
     errors = [outcome.error for outcome in outcomes if outcome.error]
     count = [f"{len(errors)} of {len(outcomes)} hosts failed"] if len(outcomes) > 1 and errors else []
-    tell_all([*map(str, errors), *count], _first_hint(errors))
-
-
-def _first_hint(errors: Iterable[LabdeployError]) -> str:
-    return next((error.hint for error in errors if error.hint), "")
+    tell_all([*map(str, errors), *count], first_hint(errors))
 
 
 # --- looking ------------------------------------------------------------------------------------------------------
-
-
-def _ask(options: Options, hosts: Sequence[str], question: Any) -> tuple[dict[str, Any], int]:  # noqa: ANN401
-    """Ask hosts and split answers from errors; errors are told on stderr at once."""
-    from labdeploy import fleet  # noqa: PLC0415
-
-    answers = fleet.ask_all(options.inventory.select(hosts), options.inventory.folder, question)
-    errors = {h: a for h, a in answers.items() if isinstance(a, LabdeployError)}
-    tell_all(map(str, errors.values()), _first_hint(errors.values()))
-    return answers, max((error.exit_code for error in errors.values()), default=0)
 
 
 @cli.command()
@@ -371,9 +285,9 @@ def status(options: Options, hosts: tuple[str, ...]) -> int:
     """Show units, health, generation, uptime and memory used against planned."""
     from labdeploy import fleet, report  # noqa: PLC0415
 
-    answers, code = _ask(options, hosts, fleet.state)
+    answers, code = ask(options, hosts, fleet.state)
     if options.json:
-        _print_json({"hosts": {h: report.state_json(a) for h, a in answers.items()}})
+        print_json({"hosts": {h: report.state_json(a) for h, a in answers.items()}})
     else:
         click.echo(report.state_text(answers), nl=False)
     return code
@@ -386,9 +300,9 @@ def history(options: Options, hosts: tuple[str, ...]) -> int:
     """Show generations: number, push id, when, who, what changed, which is current."""
     from labdeploy import fleet, report  # noqa: PLC0415
 
-    answers, code = _ask(options, hosts, fleet.history)
+    answers, code = ask(options, hosts, fleet.history)
     if options.json:
-        _print_json({"hosts": {h: report.history_json(a) for h, a in answers.items()}})
+        print_json({"hosts": {h: report.history_json(a) for h, a in answers.items()}})
     else:
         click.echo(report.history_text(answers), nl=False)
     return code
@@ -403,10 +317,10 @@ def diff(options: Options, hosts: tuple[str, ...], exit_code: bool) -> int:
     from labdeploy import fleet, report  # noqa: PLC0415
 
     generations = _generations(options, _plans(options, hosts))
-    answers, code = _ask(options, hosts, fleet.files)
+    answers, code = ask(options, hosts, fleet.files)
     diffs = {h: report.diffs(generations[h], a) for h, a in answers.items() if isinstance(a, fleet.Files)}
     if options.json:
-        _print_json({"hosts": diffs})
+        print_json({"hosts": diffs})
     else:
         click.echo(report.diff_text(diffs), nl=False)
     differs = any(found["pending"] or found["drift"] for found in diffs.values())
@@ -427,9 +341,9 @@ def check(options: Options, hosts: tuple[str, ...], samples: int) -> int:
         services = inventory.host(connection.name).services
         return {n: check.check_service(connection, s, samples=samples) for n, s in services.items()}
 
-    answers, code = _ask(options, hosts, question)
+    answers, code = ask(options, hosts, question)
     if options.json:
-        _print_json({"hosts": {h: report.check_json(a) for h, a in answers.items()}})
+        print_json({"hosts": {h: report.check_json(a) for h, a in answers.items()}})
     else:
         click.echo(report.check_text(answers), nl=False)
     ill = [(h, n, r) for h, a in answers.items() if isinstance(a, dict) for n, r in a.items() if not r.healthy]
@@ -510,7 +424,7 @@ def runner_lock(
         exclude_newer=exclude_newer,
     )
     if options.json:
-        _print_json({"lock": str(lock.path), "name": lock.name})
+        print_json({"lock": str(lock.path), "name": lock.name})
     else:
         click.echo(f"{lock.path}: {lock.n_packages} packages; build {lock.name}")
 
@@ -556,7 +470,7 @@ def runner_install(
             raise click.UsageError("--from names the release archive, or a folder it was unpacked to")
         done = installer.archive(runner, version, source, sha256)
     if options.json:
-        _print_json({"host": host, "runner": runner, "build": done.name, "result": done.result, "use": done.use})
+        print_json({"host": host, "runner": runner, "build": done.name, "result": done.result, "use": done.use})
         return
     click.echo(f"{host}: {runner} {done.name}: {done.result}{f' in {done.seconds:.0f} s' if done.seconds else ''}")
     if done.use != done.name:
@@ -570,11 +484,11 @@ def runner_ls(options: Options, hosts: tuple[str, ...]) -> int:
     """List the builds on hosts: their size, which one is chosen, which generations name each."""
     from labdeploy import builds_install, lock, report  # noqa: PLC0415
 
-    answers, code = _ask(options, hosts, builds_install.builds_on)
+    answers, code = ask(options, hosts, builds_install.builds_on)
     known = lock.read(options.inventory.lock_path)
     rows = report.builds_json({h: a for h, a in answers.items() if isinstance(a, list)}, known)
     if options.json:
-        _print_json({"hosts": rows})
+        print_json({"hosts": rows})
     else:
         click.echo(report.builds_text(rows), nl=False)
     return code
@@ -591,7 +505,7 @@ def runner_use(options: Options, host: str, runner: str, build: str) -> None:
 
     name = builds_install.Installer(options.inventory, options.inventory.host(host)).use(runner, build)
     if options.json:
-        _print_json({"host": host, "runner": runner, "use": name})
+        print_json({"host": host, "runner": runner, "use": name})
     else:
         click.echo(f"{host}: {runner} {name} from the next push on: labdeploy push {host}")
 
@@ -610,9 +524,13 @@ def runner_rm(options: Options, host: str, runner: str, build: str) -> None:
     options.confirm(f"Remove {runner} {name} from {host}?")
     installer.remove(runner, name)
     if options.json:
-        _print_json({"host": host, "runner": runner, "removed": name})
+        print_json({"host": host, "runner": runner, "removed": name})
     else:
         click.echo(f"{host}: {runner} {name} is gone")
+
+
+cli.add_command(models)
+cli.add_command(pick)
 
 
 # --- facts, models, schema --------------------------------------------------------------------------------------------
@@ -637,11 +555,11 @@ def probe(options: Options, hosts: tuple[str, ...]) -> int:
     warnings = {host.name: probe.warnings(inventory, host, answers[host.name], after) for host in selected}
     if options.json:
         found = {h: report.probe_json(a, warnings[h]) for h, a in answers.items()}
-        _print_json({"lock": str(inventory.lock_path), "hosts": found})
+        print_json({"lock": str(inventory.lock_path), "hosts": found})
     else:
         click.echo(report.probe_text(answers, warnings), nl=False)
     errors = [error for host in selected for error in probe.errors(answers[host.name])]
-    tell_all(map(str, errors), _first_hint(errors))
+    tell_all(map(str, errors), first_hint(errors))
     return max((error.exit_code for error in errors), default=0)
 
 
@@ -668,7 +586,7 @@ def inspect(options: Options, source: str, name: str | None) -> None:
             )
         lock.add_model(options.inventory.lock_path, name, found.lock_entry)
     if options.json:
-        _print_json(found.json)
+        print_json(found.json)
     else:
         click.echo(found.text, nl=False)
         if name is not None:
@@ -681,7 +599,7 @@ def schema() -> None:
     """Print the JSON Schema of inventory.yaml, for editors."""
     from labdeploy import inventory  # noqa: PLC0415
 
-    _print_json(inventory.json_schema())
+    print_json(inventory.json_schema())
 
 
 # --- sandbox and demo ---------------------------------------------------------------------------------------------
@@ -723,7 +641,7 @@ def sandbox_down(options: Options, names: tuple[str, ...], everything: bool) -> 
         raise click.UsageError("name the hosts to take down, or write --all")
     gone = sandbox.down(list(names) or None, progress=lambda text: click.echo(text, err=True))
     if options.json:
-        _print_json({"down": list(gone)})
+        print_json({"down": list(gone)})
     else:
         click.echo(f"down: {', '.join(gone) or 'nothing was up'}")
 
@@ -740,7 +658,7 @@ def sandbox_ls(options: Options) -> None:
 def _print_sandboxes(options: Options, hosts: Sequence[Any]) -> None:
     keys = ("suite", "address", "port", "user", "key", "known_hosts", "running")
     if options.json:
-        _print_json({"hosts": {h.name: {key: _plain(getattr(h, key)) for key in keys} for h in hosts}})
+        print_json({"hosts": {h.name: {key: _plain(getattr(h, key)) for key in keys} for h in hosts}})
         return
     for h in hosts:
         click.echo(f"{h.name}: {h.suite} at {h.address}, {'running' if h.running else 'stopped'}; key {h.key}")
@@ -759,7 +677,3 @@ def demo(_options: Options) -> int:
     from labdeploy.demo import run  # noqa: PLC0415
 
     return run()
-
-
-def _print_json(document: Any) -> None:  # noqa: ANN401
-    click.echo(json.dumps(document, indent=2))

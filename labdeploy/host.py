@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     from labdeploy.inventory import Host
 
+    Write = Callable[[bytes], object]
+    Payload = bytes | Callable[[Write], None]
+
 CONNECT_S = 10
 AUTH_S = 20
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)  # it prints what we raise and explain
@@ -106,7 +109,7 @@ class HostConnection:
         self,
         verb: str,
         *args: str,
-        payload: bytes | Callable[[Callable[[bytes], object]], None] = b"",
+        payload: Payload = b"",
         on_line: Callable[[Line], None] | None = None,
         timeout_s: float = ANSWER_S,
         name: str = "apply.sh",
@@ -132,7 +135,7 @@ class HostConnection:
         self,
         text: bytes,
         words: tuple[str, ...],
-        payload: bytes | Callable[[Callable[[bytes], object]], None] = b"",
+        payload: Payload = b"",
         on_line: Callable[[Line], None] | None = None,
         timeout_s: float = ANSWER_S,
     ) -> list[Line]:
@@ -161,6 +164,13 @@ class HostConnection:
         quoted = shlex.quote(path)
         with self._channel(_as_root(f"tail -c +{offset + 1} {quoted} | head -c {n}"), ANSWER_S) as channel:
             return b"".join(iter(lambda: channel.recv(1 << 20), b""))
+
+    def read_on(self, path: str, offset: int, timeout_s: float = ANSWER_S) -> Iterator[bytes]:
+        """Read a file on the host from an offset to its end; HostError where the connection breaks before it."""
+        command = f"exec tail -c +{offset + 1} {shlex.quote(path)}"
+        with self._channel(_as_root(command), timeout_s) as channel:
+            yield from iter(lambda: channel.recv(1 << 20), b"")
+            self._check_end(channel, answered=channel.recv_exit_status() == 0)
 
     def folder_sizes(self, path: str) -> dict[str, int] | None:
         """Give the sizes of the files of a folder on the host by their names; None where it is no folder."""

@@ -164,10 +164,11 @@ def _planned_in(order: tuple[str, ...], host: Host, requests: Mapping[str, Reque
 def _worth(planned: Mapping[str, ServicePlan]) -> tuple[int, float, int]:
     """Compare outcomes: how many fit, then how much of the models is on GPUs, then how much context they hold."""
     gpu_mib = sum(m.model_mib for plan in planned.values() for device, m in plan.memory.items() if device != "host")
-    return sum(plan.fits for plan in planned.values()), round(gpu_mib), sum(map(_context_tokens, planned.values()))
+    return sum(plan.fits for plan in planned.values()), round(gpu_mib), sum(map(context_tokens, planned.values()))
 
 
-def _context_tokens(plan: ServicePlan) -> int:
+def context_tokens(plan: ServicePlan) -> int:
+    """Give the context that a plan has, whatever its runner calls it."""
     keys = ("ctx_size", "max_model_len", "context_length")
     return next((int(plan.settings[key].value) for key in keys if key in plan.settings), 0)
 
@@ -424,14 +425,15 @@ def _service_json(service: ServicePlan) -> dict[str, Any]:
         "ways_to_fit": list(service.ways_to_fit),
         "warnings": list(service.warnings),
         "settings": {key: {"value": choice.value, "why": choice.why} for key, choice in service.settings.items()},
-        "memory": {device: _memory_json(device, part) for device, part in service.memory.items()},
+        "memory": {device: memory_json(device, part) for device, part in service.memory.items()},
         "memory_max_mib": service.memory_max_mib,
         "argv": list(service.argv),
         "env": dict(service.env),
     }
 
 
-def _memory_json(device: str, part: Any) -> dict[str, float]:  # noqa: ANN401
+def memory_json(device: str, part: Any) -> dict[str, float]:  # noqa: ANN401
+    """Give what a service takes of a device, in MiB, part by part."""
     keys = [field.name for field in dataclasses.fields(part)]
     if device != "host":
         keys = [key for key in keys if key not in ("repack_mib", "cache_mib")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -115,3 +116,46 @@ class Progress:
         with self._lock:
             rows = [f"{h}: {text}, {time.monotonic() - self._since[h]:.0f} s" for h, text in self._steps.items()]
         return Text("\n".join(rows))
+
+
+class CopyProgress:
+    """How far copies and readings of files are: a bar on a terminal, else a line now and then; all on stderr."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._fancy = sys.stderr.isatty() and not quiet
+        self._bars: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._told: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> CopyProgress:  # noqa: PYI034 (typing.Self would say no more here)
+        if self._fancy:
+            from rich import progress  # noqa: PLC0415
+            from rich.console import Console  # noqa: PLC0415
+
+            columns = (progress.BarColumn(20), progress.DownloadColumn(binary_units=True))
+            speed = (progress.TransferSpeedColumn(), progress.TimeRemainingColumn())
+            text = progress.TextColumn("{task.description}")
+            self._bars = progress.Progress(text, *columns, *speed, console=Console(stderr=True), transient=True)
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    def at(self, what: str, done: int, total: int) -> None:
+        """Take note of how many bytes of how many are done."""
+        with self._lock:
+            if self._bars:
+                if what not in self._tasks:
+                    self._tasks[what] = self._bars.add_task(what, total=total or None)
+                self._bars.update(self._tasks[what], completed=done)
+            elif time.monotonic() - self._told.setdefault(what, time.monotonic()) >= HEARTBEAT_S:
+                self._told[what] = time.monotonic()
+                of = f" of {total >> 20}" if total else ""
+                print(f"{what}: {done >> 20}{of} MiB", file=sys.stderr, flush=True)  # noqa: T201
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bars."""
+        (self._bars.console.print if self._bars else functools.partial(print, file=sys.stderr, flush=True))(text)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from labdeploy.facts.machine import Machine
     from labdeploy.fleet import Files, History, HostState
     from labdeploy.generation import Generation
+    from labdeploy.pick import Offer, Pick
     from labdeploy.plan import HostPlan
     from labdeploy.probe import Probed
     from labdeploy.runners.base import ServicePlan
@@ -485,3 +486,34 @@ def builds_text(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             for row in found
         ],
     )
+
+
+# --- pick ---------------------------------------------------------------------------------------------------------
+
+
+def pick_text(found: Pick) -> str:
+    """Say which runner and why, what each runner would cost on each host, and what to write."""
+    wish = found.wish
+    lines = [f"{wish.model}, for {_PURPOSES[wish.purpose]}: {found.runner}"]
+    lines += [line for step in found.why for line in textwrap.wrap(f"- {step}", WIDTH, subsequent_indent="  ")]
+    rows = [
+        (o.host, o.runner, "yes" if o.fits else "no", _mib(o, "gpu"), _mib(o, "host"), o.context_tokens or "-")
+        for o in found.offers
+    ]
+    lines += ["", table(("HOST", "RUNNER", "FITS", "GPU MIB", "RAM MIB", "CONTEXT EACH"), rows).rstrip(), ""]
+    for offer in found.offers:
+        changes = [f"then {name} {', '.join(told)}" for name, told in offer.changes.items()]
+        for told in [*offer.problems, *changes]:
+            lines += textwrap.wrap(f"{offer.host}: {offer.runner}: {told}", WIDTH, subsequent_indent="  ")
+    if found.best:
+        lines += [f"best: {found.best.host}. To have it there, write and push:", f"  {found.line(found.best)}"]
+    return "\n".join(lines) + "\n"
+
+
+_PURPOSES = {"experiment": "an experiment", "service": "a service", "throughput": "throughput"}
+
+
+def _mib(offer: Offer, device: str) -> str:
+    """Give what an offer takes on GPUs together, or in main memory."""
+    parts = [m.total_mib for name, m in offer.plan.memory.items() if name.startswith(device)] if offer.plan else []
+    return f"{sum(parts):.0f}" if parts else "-"

@@ -1,4 +1,4 @@
-"""`plan --what-if`: the inventory as it would be with some values written differently. Nothing is written.
+"""`plan --what-if`, `pick`: the inventory as it would be with some values written differently. Nothing is written.
 
 A change goes into the parsed file before it is read, so that the inventory's own rules check it.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -57,6 +57,18 @@ def load(inventory: Inventory, plans: Sequence[HostPlan], texts: Iterable[str]) 
         first = error.problems[0]
         text = next((c.text for c in changes if first.path.startswith(c.path)), changes[-1].text)
         raise InventoryError(f"{first.path}: {first.what}", where=f"--what-if {text}", hint=EXAMPLE) from None
+
+
+def with_services(inventory: Inventory, name: str, services: Mapping[str, Mapping[str, Any]]) -> Inventory:
+    """Read the inventory again with one more service on hosts, named alike on each: its keys by host."""
+
+    def edit(root: yaml.Node) -> yaml.Node:
+        for host, service in services.items():
+            if node := yaml.compose(yaml.safe_dump(dict(service)), Loader=yaml.SafeLoader):
+                root = _with_value(root, ("hosts", host, "services", name), node)
+        return root
+
+    return inventories.load(inventory.path, edit)
 
 
 def _changes(text: str, inventory: Inventory, plans: Sequence[HostPlan]) -> Iterator[_Change]:

@@ -13,7 +13,7 @@ import labdeploy
 
 PROGRAM = Path(labdeploy.__file__).parent / "apply.sh"
 TEXT = PROGRAM.read_text()
-PROGRAMS = [PROGRAM, PROGRAM.parent / "facts" / "facts.sh"]
+PROGRAMS = [PROGRAM, PROGRAM.parent / "model_files.sh", PROGRAM.parent / "facts" / "facts.sh"]
 FOR_AWK = re.compile(r"(?ms)^[A-Z]+='\n.*?'$")
 
 

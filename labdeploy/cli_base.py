@@ -1,0 +1,110 @@
+"""What commands share: the global options, questions to people and hosts, how reports and errors are printed."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from labdeploy.errors import InventoryError, LabdeployError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from labdeploy.inventory import Inventory
+
+F = TypeVar("F", bound="Callable[..., Any]")
+
+
+class Options:
+    """The global options, wherever on the command line they stood."""
+
+    inventory_path: Path | None = None
+    json: bool = False
+    yes: bool = False
+    verbose: bool = False
+
+    @functools.cached_property
+    def inventory(self) -> Inventory:
+        """The inventory, read once."""
+        from labdeploy import inventory  # noqa: PLC0415
+
+        return inventory.load(inventory.find(self.inventory_path))
+
+    def confirm(self, question: str) -> None:
+        """Ask on a terminal; without one, -y must have been given."""
+        if self.yes:
+            return
+        if not sys.stdin.isatty():
+            raise InventoryError(f"{question} There is no terminal to ask on", hint="add -y to go ahead")
+        if not click.confirm(question, err=True):
+            raise LabdeployError("nothing was done")
+
+
+def tell_all(whats: Iterable[str], hint: str = "") -> None:
+    """Print errors on stderr, each of their lines, then what to type next."""
+    for line in (line for what in whats for line in what.splitlines()):
+        click.echo(f"error: {line}", err=True)
+    if hint:
+        click.echo(f"\nhint: {hint}", err=True)
+
+
+def _set(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
+    def callback(ctx: click.Context, _param: click.Parameter, value: Any) -> None:  # noqa: ANN401
+        options = ctx.ensure_object(Options)
+        if value:
+            setattr(options, name, value)
+
+    return callback
+
+
+def common(command: F) -> F:
+    """Give a command the global options, so that they may stand before or after its name."""
+    flags = [
+        click.option(
+            "-i",
+            "--inventory",
+            type=click.Path(path_type=Path),
+            help="The inventory; else $LABDEPLOY_INVENTORY, else the nearest inventory.yaml upwards.",
+            expose_value=False,
+            callback=_set("inventory_path"),
+        ),
+        click.option("--json", is_flag=True, help="Report as JSON.", expose_value=False, callback=_set("json")),
+        click.option("-y", "--yes", is_flag=True, help="Do not ask.", expose_value=False, callback=_set("yes")),
+        click.option("-v", "--verbose", is_flag=True, help="Say more.", expose_value=False, callback=_set("verbose")),
+    ]
+    for flag in reversed(flags):
+        command = flag(command)
+    return command
+
+
+def reporting(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the global options and pass them as its first argument."""
+    return common(click.make_pass_decorator(Options, ensure=True)(command))
+
+
+hosts_argument = click.argument("hosts", metavar="[HOST]...", nargs=-1)
+
+
+def ask(options: Options, hosts: Sequence[str], question: Any) -> tuple[dict[str, Any], int]:  # noqa: ANN401
+    """Ask hosts and split answers from errors; errors are told on stderr at once."""
+    from labdeploy import fleet  # noqa: PLC0415
+
+    answers = fleet.ask_all(options.inventory.select(hosts), options.inventory.folder, question)
+    errors = {h: a for h, a in answers.items() if isinstance(a, LabdeployError)}
+    tell_all(map(str, errors.values()), first_hint(errors.values()))
+    return answers, max((error.exit_code for error in errors.values()), default=0)
+
+
+def first_hint(errors: Iterable[LabdeployError]) -> str:
+    """Give the first hint that there is."""
+    return next((error.hint for error in errors if error.hint), "")
+
+
+def print_json(document: Any) -> None:  # noqa: ANN401
+    """Print a report as the one JSON document of stdout."""
+    click.echo(json.dumps(document, indent=2))
