@@ -7,6 +7,7 @@
 #   settle                      after txn, however it ended: unless it was confirmed, the old generation comes back
 #   recover                     the same at boot, before our units start
 #   state | history | files N   what is here, for status, history and diff
+#   confirm ID | deny ID WHY    what the controller says to a transaction that waits for it, over a second connection
 #
 # It answers in lines of tab-separated fields; host.py reads them. What holds, at every moment:
 #   current  -> the generation whose files are installed       good -> the last one that was confirmed
@@ -854,6 +855,7 @@ reload() { # UNITS: daemon-reload says 0 even where a unit is garbage, so each i
 }
 
 restart_changed() { # stop what is gone, then restart what changed, one after another in the order units ask for
+    FORWARD=1
     for _u in $removed; do
         systemctl stop "$_u" 2>/dev/null
         systemctl reset-failed "$_u" 2>/dev/null
@@ -887,6 +889,7 @@ bring_up() { # GENERATION UNIT: (re)start it and see that it serves; 1 with `rea
 
 wait_active() { # OLD_INVOCATION DEADLINE: until the new process says it is ready (ExecStartPost polls it)
     while :; do
+        if denied; then return 1; fi # it may wait for a host that will not come
         show "$unit"
         if [ "$invocation" != "$1" ]; then
             [ "$active" != active ] || return 0
@@ -924,6 +927,7 @@ http() { # TIMEOUT_S URL [BODY [WRITE_OUT]]: the answer on stdout; the API key n
 }
 
 serves() { # ready, one token, and the context that was planned
+    [ -n "$ready" ] || return 0 # a worker of a span answers nobody; its start was over when it had joined
     _said=$(http 10 "$ready") || { unhealthy "$ready" "$_said"; return 1; }
     case $ladder in ollama) ladder_ollama; return ;; esac
     _said=$(http "$deadline_s" "$completions" "$body") || { unhealthy "one-token completion" "$_said"; return 1; }
@@ -975,9 +979,14 @@ confirmed() { # the controller reaches this host over a new connection, or the o
     emit confirm "$ID"
     _until=$(($(centiseconds) + CONFIRM_S * 100))
     until [ -e "$TXN/confirmed-$ID" ]; do
+        if denied; then fail "$reason"; fi
         [ "$(centiseconds)" -lt "$_until" ] || fail "nobody confirmed within $CONFIRM_S s"
         sleep 0.05
     done
+}
+
+denied() { # heard only on the way forward
+    [ -n "${FORWARD-}" ] && [ -e "$TXN/denied-$ID" ] && reason=$(cat "$TXN/denied-$ID")
 }
 
 commit() { # the rename of `good` decides
@@ -1167,7 +1176,8 @@ state() { # for status, history and rollback
         load_service "$ROOT/gen/$_g" "$_name"
         emit unit "$_name" "$unit"
         _healthy=false
-        ! http 5 "$ready" >/dev/null || _healthy=true
+        if [ -z "$ready" ]; then [ "$(systemctl is-active "$unit")" != active ] || _healthy=true
+        elif http 5 "$ready" >/dev/null; then _healthy=true; fi
         emit healthy "$_name" "$_healthy"
         systemctl show -p ActiveState,SubState,NRestarts,MemoryCurrent,ActiveEnterTimestamp,NeedDaemonReload "$unit" |
             while IFS= read -r _line; do emit show "$_name" "${_line%%=*}" "${_line#*=}"; done
@@ -1194,9 +1204,16 @@ files() { # the current generation's files and what is installed, for diff
 }
 
 confirm() { # ID: said by the controller over its second connection
-    _state=$(systemctl show -p Description "$TXN_UNIT")
-    case $_state in
-        *" $1 by "*) : >"$TXN/confirmed-$1" && emit confirmed "$1" ;;
+    waiting "$1" && : >"$TXN/confirmed-$1" && emit confirmed "$1"
+}
+
+deny() { # ID WHY: the same, where another host of a span cannot go along
+    waiting "$1" && printf '%s\n' "$2" >"$TXN/denied-$1.new" && mv "$TXN/denied-$1.new" "$TXN/denied-$1" && emit denied "$1"
+}
+
+waiting() { # ID
+    case $(systemctl show -p Description "$TXN_UNIT") in
+        *" $1 by "*) ;;
         *) refuse 1 "push $1 is not waiting here any more" ;;
     esac
 }

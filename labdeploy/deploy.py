@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime as dt
+import functools
 import getpass
 import json
 import re
@@ -11,8 +13,8 @@ import secrets
 import socket
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from labdeploy import __version__
@@ -28,7 +30,7 @@ from labdeploy.errors import (
 from labdeploy.host import HostConnection, Line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from labdeploy.generation import Generation
@@ -39,6 +41,7 @@ Result = Literal["changed", "unchanged", "rolled-back", "failed", "skipped", "wo
 WORKERS = 32  # more do not make it faster: one process handles 250-300 hosts a second, and latency per host grows
 WATCH_S = 6  # a service that crashes five seconds after its first answer is still caught
 CONFIRM_S = 30  # the host waits this long for the second connection before it goes back
+DENIED = "another host of its span failed"
 SLACK_S = 120  # beyond all deadlines of its services, a host that says nothing is given up
 _TOLD: dict[str, Result] = {
     "changed": "changed",
@@ -98,6 +101,8 @@ class Job:
     services: tuple[str, ...] = ()
     payload: bytes = b""
     deadline_s: float = 3600.0
+    together: frozenset[str] = frozenset()
+    """Hosts that move with this one or not at all, for they serve something together; itself among them."""
 
 
 @dataclass(frozen=True)
@@ -109,15 +114,23 @@ class Order:
     max_failures: int | None = None
 
     def batches(self, jobs: Sequence[Job]) -> list[Sequence[Job]]:
-        """Cut the jobs into batches; a batch starts when the one before it has ended."""
-        first, rest = jobs[: self.canary], jobs[self.canary :]
-        size = self.serial or max(1, len(rest))
-        batches = [first] if first else []
-        return batches + [rest[i : i + size] for i in range(0, len(rest), size)]
+        """Cut the jobs into batches; a batch starts when the one before it has ended.
 
-    def enough(self, failed: Sequence[Outcome], ended: int) -> str:
-        """Say why no more hosts shall be started, or nothing."""
-        if failed and self.canary and ended <= self.canary:
+        Hosts that move together are in one batch and next to each other, which can make it larger than asked for.
+        """
+        size = self.serial or max(1, len(jobs))
+        batches: list[Sequence[Job]] = []
+        batch: list[Job] = []
+        for group in _groups(jobs):
+            batch += group
+            if len(batch) >= (self.canary if self.canary and not batches else size):
+                batches.append(batch)
+                batch = []
+        return [*batches, batch] if batch else batches
+
+    def enough(self, failed: Sequence[Outcome], *, canaries: bool) -> str:
+        """Say why no more hosts shall be started, or nothing; only canaries were started so far, or more."""
+        if failed and self.canary and canaries:
             return f"the canary {failed[0].host} failed"
         if self.max_failures is not None and len(failed) > self.max_failures:
             return f"{len(failed)} hosts failed, --max-failures allows {self.max_failures}"
@@ -144,11 +157,21 @@ def whoami() -> str:
     return re.sub(r"[^A-Za-z0-9@._-]", "_", f"{user}@{socket.gethostname()}")
 
 
-def push_job(host: Host, generation: Generation, push_id: str, deadline_s: float) -> Job:
+def _groups(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Gather the jobs of hosts that move together, in the order of the first of each."""
+    groups: dict[Hashable, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(job.together or job.host.name, []).append(job)
+    return list(groups.values())
+
+
+def push_job(
+    host: Host, generation: Generation, push_id: str, deadline_s: float, together: frozenset[str] = frozenset()
+) -> Job:
     """Say what a push sends to a host."""
     at = f"{_now():%Y-%m-%dT%H:%M:%SZ}"
     bundle = generation.bundle(push_id=push_id, by=whoami(), at=at, version=__version__)
-    return Job(host, "push", generation.content_hash, tuple(host.services), bundle, deadline_s)
+    return Job(host, "push", generation.content_hash, tuple(host.services), bundle, deadline_s, together)
 
 
 def run_jobs(
@@ -157,7 +180,7 @@ def run_jobs(
     push_id: str,
     *,
     order: Order = Order(),
-    options: Iterable[str] = (),
+    options: Sequence[str] = (),
     watch_s: int = WATCH_S,
     on_line: Callable[[str, Line], None] = lambda _host, _line: None,
     on_outcome: Callable[[Outcome], None] = lambda _outcome: None,
@@ -167,21 +190,86 @@ def run_jobs(
     stop = stop or Stop()
     outcomes: dict[str, Outcome] = {}
 
-    def run_one(job: Job) -> Outcome:
-        if stop.is_set():
-            return skipped(job, stop.why)
-        return run_job(job, folder, push_id, ",".join(options) or "-", watch_s, on_line)
+    def run_one(job: Job, *more: str, span: Span | None = None) -> Outcome:
+        return run_job(job, folder, push_id, ",".join((*options, *more)) or "-", watch_s, on_line, span)
 
-    for batch in order.batches(jobs):
-        if why := order.enough([outcome for outcome in outcomes.values() if outcome.error], len(outcomes)):
+    def run_group(group: Sequence[Job]) -> list[Outcome]:
+        if stop.is_set():
+            return [skipped(job, stop.why) for job in group]
+        if len(group) == 1 or "dry-run" in options:
+            return [run_one(job) for job in group]
+        return list(run_span(group, run_one, functools.partial(_deny, folder=folder, push_id=push_id)))
+
+    for n, batch in enumerate(order.batches(jobs)):
+        if why := order.enough([outcome for outcome in outcomes.values() if outcome.error], canaries=n == 1):
             stop.why = why
             stop.set()
-        with ThreadPoolExecutor(max_workers=min(WORKERS, len(batch))) as pool:
-            futures: list[Future[Outcome]] = [pool.submit(run_one, job) for job in batch]
-            for future in as_completed(futures):
-                outcomes[future.result().host] = future.result()
-                on_outcome(future.result())
+        groups = _groups(batch)
+        with ThreadPoolExecutor(max_workers=min(WORKERS, len(groups))) as pool:
+            futures = [pool.submit(run_group, group) for group in groups]
+            for outcome in (outcome for future in as_completed(futures) for outcome in future.result()):
+                outcomes[outcome.host] = outcome
+                on_outcome(outcome)
     return [outcomes[job.host.name] for job in jobs]
+
+
+class Span(threading.Barrier):
+    """Where the hosts of a span wait for each other before any of them is confirmed; broken where one cannot go."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        super().__init__(len(jobs))
+        self.jobs = jobs
+        # The first to wait may wait as long as the last may take to start.
+        self.confirm_s = CONFIRM_S + max(int(job.deadline_s) for job in jobs)
+
+    def all_there(self) -> bool:
+        """Wait for the others; False where one of them failed."""
+        try:
+            self.wait()
+        except threading.BrokenBarrierError:
+            return False
+        return True
+
+
+def run_span(jobs: Sequence[Job], run_one: Callable[..., Outcome], deny: Callable[[Host], object]) -> Iterator[Outcome]:
+    """Move hosts together: each is asked first, then all are switched, and none is confirmed before all can be."""
+    names = " and ".join(job.host.name for job in jobs)
+    with ThreadPoolExecutor(max_workers=len(jobs)) as pool:
+        first = list(pool.map(lambda job: run_one(job, "dry-run"), jobs))
+        if refused := [outcome for outcome in first if outcome.error]:
+            why = f"{refused[0].host} cannot go along, and {names} move together"
+            yield from (o if o.error else skipped(job, why) for job, o in zip(jobs, first, strict=True))
+            return
+        span = Span(jobs)
+        ended = list(pool.map(lambda job: _run_part(job, run_one, span, deny), jobs))
+        failed = next((outcome.host for outcome in ended if outcome.error), "")
+        # Where a host failed after another one was confirmed, that one goes back too.
+        back = [failed and outcome.result == "changed" for outcome in ended]
+        yield from pool.map(lambda j, o, b: _take_back(j, o, run_one, failed) if b else o, jobs, ended, back)
+
+
+def _run_part(job: Job, run_one: Callable[..., Outcome], span: Span, deny: Callable[[Host], object]) -> Outcome:
+    try:
+        outcome = run_one(job, span=span)
+    except BaseException:
+        span.abort()
+        raise
+    if outcome.error:
+        span.abort()
+        for other in span.jobs:  # one that still starts may be waiting for this one to join
+            if other is not job:
+                deny(other.host)
+    elif outcome.result != "changed":  # it had nothing to wait for
+        span.all_there()
+    return outcome
+
+
+def _take_back(job: Job, outcome: Outcome, run_one: Callable[..., Outcome], failed: str) -> Outcome:
+    """Roll back a host that was confirmed, because another host of its span was not."""
+    ended = run_one(replace(job, verb="rollback", target=str(outcome.previous), payload=b""))
+    what = f"{failed} failed, and they move together; generation {outcome.previous} is back"
+    error = ended.error or UnhealthyError(what, where=job.host.name, hint=f"labdeploy status {failed}")
+    return replace(ended, result="failed" if ended.error else "rolled-back", error=error)
 
 
 def skipped(job: Job, why: str) -> Outcome:
@@ -190,17 +278,24 @@ def skipped(job: Job, why: str) -> Outcome:
 
 
 def run_job(
-    job: Job, folder: Path, push_id: str, options: str, watch_s: int, on_line: Callable[[str, Line], None]
+    job: Job,
+    folder: Path,
+    push_id: str,
+    options: str,
+    watch_s: int,
+    on_line: Callable[[str, Line], None],
+    span: Span | None = None,
 ) -> Outcome:
     """Do one job: connect, run the program, confirm over a second connection when it asks, read its answer."""
     started = time.monotonic()
+    confirm_s = span.confirm_s if span else CONFIRM_S
     lines: list[Line] = []
 
     def see(line: Line) -> None:
         lines.append(line)
         on_line(job.host.name, line)
         if line.kind == "confirm":
-            _confirm(job.host, folder, push_id)
+            _confirm(job.host, folder, push_id, span)
 
     error: LabdeployError | None = None
     try:
@@ -211,24 +306,38 @@ def run_job(
                 job.target,
                 whoami(),
                 str(watch_s),
-                str(CONFIRM_S),
+                str(confirm_s),
                 options,
                 payload=job.payload,
                 on_line=see,
-                timeout_s=job.deadline_s + watch_s + CONFIRM_S + SLACK_S,
+                timeout_s=job.deadline_s + watch_s + confirm_s + SLACK_S,
             )
     except LabdeployError as problem:
         error = problem
     return outcome_of(job, lines, error, time.monotonic() - started)
 
 
-def _confirm(host: Host, folder: Path, push_id: str) -> None:
-    """Confirm a push over a new connection: what the switch may have broken is just this way in."""
+def _confirm(host: Host, folder: Path, push_id: str, span: Span | None) -> None:
+    """Confirm a push over a new connection: what the switch may have broken is just this way in.
+
+    A host of a span is confirmed when all of them can be reached so; it is told at once where one cannot go along.
+    """
     try:
         with HostConnection(host, folder) as connection:
-            connection.run("confirm", push_id)
-    except HostError:
-        return  # the host goes back by itself and says so over the first connection
+            if span is None or span.all_there():
+                connection.run("confirm", push_id)
+                return
+    except HostError:  # the host goes back by itself and says so over the first connection
+        if span:
+            span.abort()
+        return
+    _deny(host, folder, push_id)
+
+
+def _deny(host: Host, folder: Path, push_id: str) -> None:
+    """Tell a host that another one of its span failed; where it cannot be told it goes back by itself, later."""
+    with contextlib.suppress(HostError), HostConnection(host, folder) as connection:
+        connection.run("deny", push_id, DENIED)
 
 
 def outcome_of(job: Job, lines: Sequence[Line], error: LabdeployError | None, seconds: float) -> Outcome:
@@ -268,6 +377,8 @@ def _error(
     if result.field(0) == "needs-person":
         what = f"{why}; then generation {result.field(1)} did not come back either:{result.field(3)}"
         return NeedsPersonError(what, where=host.name, hint=logs)
+    if result.field(0) == "rolled-back" and why == DENIED:
+        return UnhealthyError(f"{why}; generation {result.field(1)} is back", where=host.name)
     if result.field(0) == "rolled-back":
         return UnhealthyError(f"{why}; generation {result.field(1)} is back", where=host.name, hint=logs)
     return None

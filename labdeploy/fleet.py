@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from labdeploy.deploy import WORKERS
 from labdeploy.errors import LabdeployError
+from labdeploy.generation import SpanMark
 from labdeploy.host import HostConnection, Line
 
 if TYPE_CHECKING:
@@ -81,6 +82,17 @@ class History:
     good: int
     manifests: dict[int, dict[str, Any]]
     journal: tuple[Switch, ...]
+
+    @property
+    def previous(self) -> int:
+        """The generation before the last switch, where a rollback goes."""
+        moves = [e for e in self.journal if e.event in ("push", "rollback") and e.result == "ok" and e.from_ != e.to]
+        return moves[-1].from_ if moves else 0
+
+    def spans(self, number: int) -> dict[str, SpanMark]:
+        """Give the parts of spans of a generation, by the service's name."""
+        marks = self.manifests.get(number, {}).get("spans", {})
+        return {name: SpanMark(mark["id"], tuple(mark["hosts"])) for name, mark in marks.items()}
 
     @property
     def last_switch(self) -> Switch | None:

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import tarfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,10 +14,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class SpanMark:
+    """A service that spans hosts, as it is in a generation: the same id on each of its hosts, the same parts."""
+
+    id: str
+    hosts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Generation:
     """Rendered files of one host: path below the host's folder to bytes."""
 
     files: Mapping[str, bytes]
+    spans: Mapping[str, SpanMark] = field(default_factory=dict)
+    """Parts of spans among its services, by name; a rollback reads them to take the other hosts along."""
 
     @property
     def sums(self) -> bytes:
@@ -33,7 +43,8 @@ class Generation:
     def bundle(self, *, push_id: str, by: str, at: str, version: str) -> bytes:
         """Pack the generation for the host: a tar of its files, their sums, and a manifest of who pushed it when."""
         manifest = {"push_id": push_id, "by": by, "at": at, "labdeploy": version, "content": self.content_hash}
-        extra = {"SHA256SUMS": self.sums, "manifest.json": json.dumps(manifest).encode() + b"\n"}
+        spans = {"spans": {name: asdict(mark) for name, mark in self.spans.items()}} if self.spans else {}
+        extra = {"SHA256SUMS": self.sums, "manifest.json": json.dumps(manifest | spans).encode() + b"\n"}
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for folder in ("systemd", "services"):

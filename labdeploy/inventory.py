@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import ipaddress
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from labdeploy.errors import InventoryError
 from labdeploy.hardware import UNKNOWN, Hardware, Reserve
 from labdeploy.runners import RUNNERS
-from labdeploy.runners.base import Prefer  # noqa: TC001 (a dataclass field's type)
+from labdeploy.runners.base import Part, Prefer  # noqa: TC001 (dataclass fields' types)
 from labdeploy.schema import (
     AbsolutePath,
     EnvName,
@@ -43,9 +44,10 @@ from labdeploy.schema import (
     setting,
     settings_of,
 )
+from labdeploy.spans import edges, span_of, together, with_parts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     import yaml
 
@@ -129,6 +131,8 @@ class Service(ServiceKeys):
 
     name: str = ""
     settings: Any = None
+    part: Part | None = None
+    """Which part it is, where the service spans hosts."""
 
 
 @dataclass(frozen=True)
@@ -266,6 +270,12 @@ class Inventory(InventoryKeys):
             wanted |= found
         return [host for name, host in self.hosts.items() if name in wanted or not patterns]
 
+    def with_companions(self, hosts: Iterable[Host]) -> list[Host]:
+        """Give hosts and those that share a service with them, in the inventory's order."""
+        groups = together(self.hosts, edges(self.hosts.values()))
+        wanted = {name for host in hosts for name in groups[host.name]}
+        return [host for name, host in self.hosts.items() if name in wanted]
+
     def host(self, name: str) -> Host:
         """Give one host by its exact name."""
         if name not in self.hosts:
@@ -302,7 +312,7 @@ def load(path: Path, edit: Callable[[yaml.Node], yaml.Node] | None = None) -> In
         _check_across(keys, root, place)
     if keys is None or place.problems:
         raise InventoryProblemsError(place.problems, hint=f"labdeploy -i {path} render  (once they are mended)")
-    hosts = {name: _complete(name, host, keys.defaults) for name, host in keys.hosts.items()}
+    hosts = with_parts({name: _complete(name, host, keys.defaults) for name, host in keys.hosts.items()})
     return Inventory(hosts=hosts, models=keys.models, groups=keys.groups, defaults=keys.defaults, path=path)
 
 
@@ -346,6 +356,7 @@ def _check_across(keys: InventoryKeys, root: yaml.Node, place: Place) -> None:
             if member not in hosts:
                 _note(root, place, at, f"{member!r} is not a host{did_you_mean(member, hosts)}")
     _check_runners(keys.defaults.runners, "defaults", root, place)
+    _check_spans(keys.hosts, root, place)
     for name, node in hosts.items():
         host = keys.hosts.get(name) or Host(services=_services(node))
         _check_runners(host.runners, f"hosts.{name}", root, place)
@@ -392,6 +403,55 @@ def _check_services(host_name: str, host: Host, models: Iterable[str], root: yam
         units[unit] = name
         for flag, key in _owned_flags(service):
             _note(root, place, f"{at}.flags", f"{flag} is set by the plan; {key}")
+
+
+def _check_spans(hosts: Mapping[str, Host], root: yaml.Node, place: Place) -> None:
+    """Note what cannot be served together: hosts that are not there, a name twice, addresses that are none."""
+    for host_name, host in hosts.items():
+        taken: dict[int, str] = {}
+        for name, service in host.services.items():
+            found = _span_problems(service, host_name) if span_of(service) else _without_span(service)
+            for key, what in (*found, *_member_problems(name, service, hosts)):
+                _note(root, place, f"hosts.{host_name}.services.{name}.{key}", what)
+            if span_of(service) and (other := taken.setdefault(service.settings.joins_at, name)) != name:
+                what = f"other hosts join {other} at {service.settings.joins_at} already; write another span_port"
+                _note(root, place, f"hosts.{host_name}.services.{name}.span_port", what)
+
+
+def _without_span(service: Service) -> Iterator[tuple[str, str]]:
+    for key in ("span_addresses", "span_port", "engine"):
+        if getattr(service.settings, key, None) is not None:
+            yield key, "belongs to a service that spans hosts; write span: [HOST, HOST] too"
+
+
+def _span_problems(service: Service, host_name: str) -> Iterator[tuple[str, str]]:
+    span, addresses = span_of(service), service.settings.span_addresses
+    if span[0] != host_name:
+        yield "span", f"begins with {span[0]}; the first host answers: write {host_name} first, or the service there"
+    if len(span) < 2 or len(set(span)) < len(span):  # noqa: PLR2004 (one host is no span)
+        yield "span", "must name two or more hosts, each once"
+    if addresses and len(addresses) != len(span):
+        yield "span_addresses", f"names {len(addresses)} addresses for {len(span)} hosts"
+
+
+def _member_problems(name: str, service: Service, hosts: Mapping[str, Host]) -> Iterator[tuple[str, str]]:
+    """Say what is wrong with the hosts that a service spans."""
+    for i, member in enumerate(span_of(service)):
+        if member not in hosts:
+            yield "span", f"{member!r} is not a host{did_you_mean(member, hosts)}"
+            continue
+        if i and name in hosts[member].services:
+            yield "span", f"{member} has a service {name} of its own; give one of them another name"
+        if not service.settings.span_addresses and not _is_ip(hosts[member].address or member):
+            yield "span", f"{member} has no IP address under address:; write span_addresses: [ADDRESS, ADDRESS]"
+
+
+def _is_ip(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_gpus(host_name: str, host: Host, root: yaml.Node, place: Place) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from labdeploy import spans
 from labdeploy.errors import FitError, InventoryError
 from labdeploy.machines import completed, differences
 from labdeploy.runners import RUNNERS
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from labdeploy.inventory import Host, Service
     from labdeploy.models.book import ModelBook
     from labdeploy.models.model import ModelFacts
+    from labdeploy.runners.base import Part
 
 
 MOST_TO_PERMUTE = 3  # services of a host whose orders are all tried: 6
@@ -61,6 +63,16 @@ class HostPlan:
     def planned_mib(self, device: str) -> float:
         """Sum what all services take on a device (`gpu0`, ... or `host`)."""
         return sum(service.memory[device].total_mib for service in self.services if device in service.memory)
+
+
+def plan_hosts(hosts: Iterable[Host], book: ModelBook) -> list[HostPlan]:
+    """Plan hosts. What spans several is planned on each alone, then once more with what all of them can."""
+    hosts = list(hosts)
+    plans = [plan_host(host, book) for host in hosts]
+    if agreed := dict(spans.disagreements(plans)):
+        again = (plan_host(spans.with_settings(host, agreed), book) for host in hosts)
+        plans = [spans.with_reasons(plan, agreed) for plan in again]
+    return spans.with_ids(plans)
 
 
 def plan_host(host: Host, book: ModelBook) -> HostPlan:
@@ -321,6 +333,7 @@ def _request(host: Host, service: Service, book: ModelBook) -> Request:
         api_key_file=service.api_key_file,
         build=book.build(host, runner),
         prefer=service.prefer,
+        part=service.part,
     )
     require_known_flags(request, host.name)
     return request
@@ -429,7 +442,13 @@ def _service_json(service: ServicePlan) -> dict[str, Any]:
         "memory_max_mib": service.memory_max_mib,
         "argv": list(service.argv),
         "env": dict(service.env),
+        **({"metrics": {"url": f"{service.url}/metrics", "names": list(service.metrics)}} if service.metrics else {}),
+        **({"span": _span_json(service.part, service.span_id)} if service.part else {}),
     }
+
+
+def _span_json(part: Part, span_id: str) -> dict[str, Any]:
+    return {"id": span_id, "rank": part.rank, "hosts": list(part.hosts)}
 
 
 def memory_json(device: str, part: Any) -> dict[str, float]:  # noqa: ANN401

@@ -141,9 +141,10 @@ def _protect_home(service: ServicePlan) -> str:
 
 
 def _ready_poll(service: ServicePlan) -> tuple[str, ...]:
-    """Wait until the runner says it is ready; give up at once when its process is gone."""
-    url = service.url + service.health.ready_path
-    poll = f"until curl -fs -m 2 -o /dev/null {url}; do kill -0 $MAINPID 2>/dev/null || exit 1; sleep 0.2; done"
+    """Wait until the runner says it is ready, or has joined its span; give up at once when its process is gone."""
+    asked = f"curl -fs -m 2 -o /dev/null {service.url}{service.health.ready_path}"
+    ready = asked if service.answers else service.facts["joined"]
+    poll = f"until {ready}; do kill -0 $MAINPID 2>/dev/null || exit 1; sleep 0.2; done"
     return ("/bin/sh", "-c", poll)
 
 
@@ -242,18 +243,18 @@ def _template_line(error: Exception, name: str) -> str:
 
 def _service_facts(service: ServicePlan, plan: HostPlan) -> str:
     """Write the facts of a service as `key=value` lines; the host program reads them as data, never as code."""
-    health = service.health
+    health, url = service.health, service.url
     facts = {
         "unit": service.unit,
-        "ready": service.url + health.ready_path,
-        "completions": service.url + "/v1/completions",
-        "models": service.url + "/v1/models",
+        "ready": url + health.ready_path if service.answers else "",
+        "completions": url + "/v1/completions" if service.answers else "",
+        "models": url + "/v1/models" if service.answers else "",
         "body": json.dumps({"model": health.model, "prompt": "Hello", "max_tokens": 1}),
         "n_ctx": health.n_ctx or "",
         "layers": health.gpu_layers or "",
         "deadline_s": health.deadline_s,
         "bind": service.bind,
-        "port": service.port,
+        "port": service.port if service.answers else 0,
         "gpu": ",".join(sorted({gpu.gpu.api for gpu in service.gpus})),
         "devices": " ".join(gpu.id for gpu in service.gpus),
         "groups": " ".join(_device_groups(service.gpus)),

@@ -85,7 +85,7 @@ def changes_text(changes: Mapping[str, Any], plan: HostPlan) -> str:
 
 
 def _service_lines(service: ServicePlan) -> list[str]:
-    lines = [f"  {service.name}: {service.runner} serves {service.model} on {service.bind} port {service.port}"]
+    lines = [f"  {service.name}: {service.runner} {service.does}"]
     lines.append(_wrapped(f"{'runner':<22} {service.runner}", f"({service.runner_why})"))
     for key, choice in service.settings.items():
         lines.append(_wrapped(f"{key:<22} {choice.shown}", f"({choice.why})"))
@@ -258,14 +258,22 @@ def state_json(state: HostState | LabdeployError) -> dict[str, Any]:
                 "planned_mib": _planned_ram(state, name),
                 "layers_on_gpu": state.layers.get(name),
                 "memory": _memory_json(state, name),
+                "metrics": _of_plan(state, name).get("metrics"),
+                "span": _of_plan(state, name).get("span"),
             }
             for name, service in state.services.items()
         },
     }
 
 
+def _of_plan(state: HostState, service: str) -> dict[str, Any]:
+    """Give what the deployed generation planned for a service."""
+    planned: dict[str, Any] = state.plan.get("services", {}).get(service, {})
+    return planned
+
+
 def _planned(state: HostState, service: str) -> dict[str, dict[str, float]]:
-    memory: dict[str, dict[str, float]] = state.plan.get("services", {}).get(service, {}).get("memory", {})
+    memory: dict[str, dict[str, float]] = _of_plan(state, service).get("memory", {})
     return memory
 
 
@@ -294,6 +302,27 @@ def _real_lines(state: HostState, host: str) -> Iterator[str]:
             yield f"{host}: {name}: {device}: {told} MiB real (planned)"
 
 
+def _metrics_lines(state: HostState, host: str) -> Iterator[str]:
+    """Say where Prometheus finds what a service measures itself, and under which names."""
+    for name in state.services:
+        if metrics := _of_plan(state, name).get("metrics"):
+            yield from _fold(f"{host}: {name}: {metrics['url']}: {', '.join(metrics['names'])}")
+
+
+def _span_lines(states: Mapping[str, HostState | LabdeployError]) -> Iterator[str]:
+    """Say of each service that spans hosts where they run different ones: a push of one was confirmed, of one not."""
+    ids: dict[str, dict[str, str]] = {}
+    for host, state in states.items():
+        if isinstance(state, LabdeployError):
+            continue
+        for name in state.services:
+            if span := _of_plan(state, name).get("span"):
+                ids.setdefault(f"{name} of {' and '.join(span['hosts'])}", {})[host] = span["id"]
+    for span, found in ids.items():
+        if len(set(found.values())) > 1:
+            yield f"{span} is not the same on all of them; labdeploy push {' '.join(found)} mends it"
+
+
 def state_text(states: Mapping[str, HostState | LabdeployError]) -> str:
     """Lay out the state of hosts, a row for each service."""
     rows: list[Sequence[object]] = []
@@ -313,7 +342,9 @@ def state_text(states: Mapping[str, HostState | LabdeployError]) -> str:
         if state.pending:
             notes.append(f"{host}: a push is not confirmed yet, or was cut off")
         notes += _real_lines(state, host)
+        notes += _metrics_lines(state, host)
         notes += [f"{host}: changed by hand: {text}" for text in state.drift]
+    notes += _span_lines(states)
     head = ("HOST", "GEN", "SERVICE", "STATE", "HEALTH", "UP SINCE", "RESTARTS", "RAM MIB/PLAN")
     return table(head, rows) + "".join(f"{note}\n" for note in notes)
 

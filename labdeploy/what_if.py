@@ -96,14 +96,14 @@ def _places(left: str, plan: HostPlan, inventory: Inventory) -> Iterator[tuple[_
     if named not in ("", host.name):
         return
     at: tuple[_Key, ...] = ("hosts", host.name)
-    service, key = _named(rest, host.services)
+    service, key = _named(rest, [s.name for s in plan.services if s.answers])
     steps = tuple(int(n) if n else word for word, n in _STEP.findall(key))
     if service:
         yield (*at, "services", service, *steps)
     elif steps and steps[0] in settings_of(Host):
         yield (*at, *steps)
     elif steps:
-        for each in plan.services:
+        for each in (s for s in plan.services if s.answers):  # a worker of a span is written under the first host
             if steps[0] in settings_of(ServiceKeys) or steps[0] in settings_of(RUNNERS[each.runner].settings):
                 yield (*at, "services", each.name, *steps)
 

@@ -107,6 +107,21 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Part:
+    """One host's part of a service that spans several; the first host is its head, and only the head answers."""
+
+    rank: int
+    hosts: tuple[str, ...]
+    addresses: tuple[str, ...]
+    """Where the hosts reach each other, in the order of the hosts."""
+
+    @property
+    def address(self) -> str:
+        """This host's own."""
+        return self.addresses[self.rank]
+
+
+@dataclass(frozen=True)
 class Request:
     """One service as asked for: the common keys, the runner's own settings, the model and the files' places."""
 
@@ -126,6 +141,8 @@ class Request:
     """What to give up last where not everything fits; None where the inventory does not say."""
     build: Build | None = None
     """The program that was probed at `binary`; None where none was."""
+    part: Part | None = None
+    """Which part of a service that spans hosts this is."""
 
 
 def require_known_flags(request: Request, host: str) -> None:
@@ -162,6 +179,7 @@ class Health:
     """How to tell that a service serves: where it says it is ready, and the model to ask for one token."""
 
     ready_path: str
+    """Empty where nothing answers: a worker of a span."""
     model: str
     deadline_s: int
     n_ctx: int | None = None
@@ -209,6 +227,24 @@ class ServicePlan:
     """Anything more the program on the host needs to know of it."""
     host_files: Mapping[str, bytes] = field(default_factory=dict)
     """Files that travel with its generation, by their path below the host's folder."""
+    metrics: tuple[str, ...] = ()
+    """Names under which Prometheus finds the figures that matter most, at /metrics."""
+    part: Part | None = None
+    """Which part of a service that spans hosts this is."""
+    span_id: str = ""
+    """Names all parts of the span as they were planned together, so that each part changes when one does."""
+
+    @property
+    def answers(self) -> bool:
+        """Whether it answers requests: a worker of a span does not."""
+        return self.part is None or self.part.rank == 0
+
+    @property
+    def does(self) -> str:
+        """Say in a line what it does."""
+        if self.part and self.part.rank:
+            return f"serves {self.model} with {self.part.hosts[0]}, which answers"
+        return f"serves {self.model} on {self.bind} port {self.port}"
 
     @property
     def url(self) -> str:

@@ -11,11 +11,13 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from labdeploy.errors import InventoryError
+from labdeploy.runners import vllm_span
 from labdeploy.runners.base import (
     Budget,
     Choice,
     GpuBudget,
     Health,
+    Part,
     Request,
     ServicePlan,
     as_asked,
@@ -43,6 +45,16 @@ EAGER_START_S = 600  # imports of three processes on a busy machine; nothing is 
 STOP_GRACE_S = 30  # beyond --shutdown-timeout, for the workers to leave
 RESTART_S = 15
 STARTS = 4  # that may fail in a row before the unit stays failed
+METRICS = tuple(
+    f"vllm:{name}"
+    for name in (
+        "time_to_first_token_seconds",
+        "inter_token_latency_seconds",
+        "num_requests_running",
+        "num_requests_waiting",
+        "kv_cache_usage_perc",
+    )
+)
 
 # (max_num_seqs, max_num_batched_tokens): vLLM's defaults from 70 GiB on and below (engine/arg_utils.py), then fewer
 # requests, which leave more to the KV cache.
@@ -85,7 +97,8 @@ class Vllm:
             request.model.size_bytes, budget.disk_mib_per_s, base_s=EAGER_START_S if engine.eager else COLD_START_S
         )
         stop_timeout_s = settings["shutdown_timeout"].value + STOP_GRACE_S
-        argv = _argv(request, settings)
+        argv = _argv(request, engine, settings)
+        part = request.part
         return ServicePlan(
             name=request.name,
             unit=request.unit,
@@ -96,14 +109,16 @@ class Vllm:
             settings=settings,
             memory=memory(engine),
             argv=argv,
-            env={**_env(engine, budget), **request.env},
+            env={**_env(engine, budget, part), **request.env},
             gpus=engine.gpus,
             health=Health(
-                ready_path="/health",
+                ready_path="" if part and part.rank else "/health",
                 model=settings["served_model_name"].value,
                 deadline_s=deadline_s,
-                n_ctx=engine.max_model_len,
+                n_ctx=None if part and part.rank else engine.max_model_len,
             ),
+            metrics=() if part and part.rank else METRICS,
+            part=part,
             stop_timeout_s=stop_timeout_s,
             model_path=request.model.path,
             model_bytes=request.model.size_bytes,
@@ -112,11 +127,13 @@ class Vllm:
             ways_to_fit=tuple(_ways_to_fit(engine)),
             warnings=tuple(_warnings(request, engine, budget)),
             facts={
-                "exec": _with_key(request, argv),
+                "exec": _with_key(request, vllm_span.command(engine, part, argv) if part else argv),
                 "build": PurePosixPath(request.binary).parent.parent.name or "default",
                 "restart_s": RESTART_S,
                 "starts": STARTS,
-                "start_limit_s": STARTS * (deadline_s + stop_timeout_s + RESTART_S),
+                # A part waits for the others for as long as their hosts are down.
+                "start_limit_s": 0 if part else STARTS * (deadline_s + stop_timeout_s + RESTART_S),
+                **(vllm_span.facts(part, engine, settings["shutdown_timeout"].value) if part else {}),
             },
         )
 
@@ -365,13 +382,15 @@ def _ways_to_fit(engine: Engine) -> Iterator[str]:
 def _warnings(request: Request, engine: Engine, budget: Budget) -> Iterator[str]:
     yield from _device_warnings(engine, budget)
     yield from _model_warnings(engine)
+    if part := request.part:
+        yield f"what {' and '.join(part.hosts)} say to each other is not encrypted, and who can say it runs code there"
     if "/current/" in request.binary:
         yield "no build is named, so a rollback cannot bring back its vLLM: labdeploy runner install HOST vllm VERSION"
     if request.api_key_file:
         yield "the key guards /v1, /v2 and /inference; /invocations, /tokenize, /metrics and /docs answer without it"
     if ipaddress.ip_address(request.bind).is_loopback:
         return
-    if not request.api_key_file:
+    if not request.api_key_file and not (request.part and request.part.rank):
         yield f"listens on {request.bind} without an API key: anyone who reaches the port can use it"
 
 
@@ -424,6 +443,8 @@ def _choices(request: Request, engine: Engine) -> dict[str, Choice]:
     if engine.gpus:
         choices["gpu_memory_utilization"] = as_asked(asked.gpu_memory_utilization) or _utilization_choice(engine)
         choices["tensor_parallel_size"] = as_asked(asked.tensor_parallel_size) or _tp_choice(engine)
+    if request.part:
+        choices |= _span_choices(request.part, engine)
     if asked.kv_cache_memory is not None or not engine.gpus:
         why = "half of the RAM left, at most what 16 requests use; vLLM would take nearly all RAM"
         choices["kv_cache_memory"] = as_asked(asked.kv_cache_memory) or Choice(max(1, int(_kv_mib(engine))), why)
@@ -433,6 +454,25 @@ def _choices(request: Request, engine: Engine) -> dict[str, Choice]:
         )
     if asked.trust_remote_code:
         choices["trust_remote_code"] = Choice(True, "as the inventory says")  # noqa: FBT003
+    return choices
+
+
+def _span_choices(part: Part, engine: Engine) -> dict[str, Choice]:
+    """Say how a model is split over hosts."""
+    asked, hosts = engine.asked, " and ".join(part.hosts)
+    why_engine = "vLLM's own multi-node mode; ray, where the build has it too, does the same with more processes"
+    choices = {
+        "span": Choice(part.hosts, f"as the inventory says; {part.hosts[0]} answers"),
+        "engine": as_asked(asked.engine) or Choice("mp", why_engine),
+        "span_port": as_asked(asked.span_port)
+        or Choice(asked.joins_at, f"where {part.hosts[0]} is joined, at {part.addresses[0]}"),
+    }
+    if engine.gpus:
+        why = f"a stage of layers each on {hosts}: what passes between stages is little, between GPUs of a stage much"
+        choices["pipeline_parallel_size"] = Choice(engine.pp, why)
+    else:
+        why = f"a part of every layer each on {hosts}: stages do not work in vLLM's CPU builds"
+        choices["tensor_parallel_size"] = Choice(engine.tp, why)
     return choices
 
 
@@ -478,7 +518,7 @@ def _tp_choice(engine: Engine) -> Choice:
     return Choice(engine.tp, f"the fewest equal GPUs that hold {engine.model_mib:.0f} MiB of weights each: {names}")
 
 
-def _argv(request: Request, settings: Mapping[str, Choice]) -> tuple[str, ...]:
+def _argv(request: Request, engine: Engine, settings: Mapping[str, Choice]) -> tuple[str, ...]:
     """Write the command line; every tuned value stands here.
 
     `--quantization` only where the inventory names one: vLLM reads it from config.json and then takes the fastest
@@ -490,7 +530,8 @@ def _argv(request: Request, settings: Mapping[str, Choice]) -> tuple[str, ...]:
     words += ["--served-model-name", value["served_model_name"]]
     for key in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "dtype", "kv_cache_dtype"):
         words += [_flag(key), str(value[key])]
-    for key in ("tensor_parallel_size", "gpu_memory_utilization"):
+    words += vllm_span.words(engine, request.part) if request.part else []
+    for key in ("tensor_parallel_size", "gpu_memory_utilization") if engine.gpus else ():
         words += [_flag(key), f"{value[key]:g}"] if key in value else []
     if "kv_cache_memory" in value:
         words += ["--kv-cache-memory-bytes", f"{value['kv_cache_memory']}M"]  # vLLM's M is 1024 x 1024
@@ -522,7 +563,7 @@ def _with_key(request: Request, argv: tuple[str, ...]) -> tuple[str, ...]:
     return ("/bin/sh", "-c", script, credential_path(request), *argv)
 
 
-def _env(engine: Engine, budget: Budget) -> dict[str, str]:
+def _env(engine: Engine, budget: Budget, part: Part | None) -> dict[str, str]:
     """Name the devices, and keep it from calling home or looking for models on the network."""
     env = {
         **device_env(engine.gpus, host_has_gpus=bool(budget.gpus)),
@@ -533,8 +574,7 @@ def _env(engine: Engine, budget: Budget) -> dict[str, str]:
         "VLLM_DISABLE_LOG_LOGO": "1",
         "PYTHONUNBUFFERED": "1",
         # Its processes find each other on this host alone; else gloo listens at the address of the host's name.
-        "VLLM_HOST_IP": "127.0.0.1",
-        "GLOO_SOCKET_IFNAME": "lo",
+        **(vllm_span.env(engine, part) if part else {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}),
     }
     if engine.gpus:
         return env

@@ -7,6 +7,7 @@ Facts are of vLLM 0.33.0 unless said otherwise. Where vLLM measures at its start
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -48,9 +49,24 @@ class Engine:
     """What it may take in all."""
 
     @property
+    def hosts(self) -> int:
+        """How many hosts it spans."""
+        return len(self.asked.span or (None,))
+
+    @property
     def tp(self) -> int:
-        """GPUs that hold a part of every layer each; 1 on the CPU."""
-        return max(1, len(self.gpus))
+        """How many hold a part of every layer each: the GPUs of a host, or on CPUs the hosts."""
+        return len(self.gpus) or self.hosts
+
+    @property
+    def pp(self) -> int:
+        """How many stages of layers follow one another: one on each host, where GPUs are far from those of others."""
+        return self.hosts if self.gpus else 1
+
+    @property
+    def stage(self) -> Snapshot:
+        """The model as the stage with most layers holds it."""
+        return stage(self.snapshot, self.pp)
 
     @property
     def eager(self) -> bool:
@@ -60,7 +76,7 @@ class Engine:
     @property
     def model_mib(self) -> float:
         """Weights."""
-        return weights_bytes(self.snapshot, self.dtype) / self.tp / MIB
+        return stage_bytes(self.snapshot, self.dtype, self.pp) / self.tp / MIB
 
     @property
     def compute_mib(self) -> float:
@@ -117,10 +133,11 @@ class Engine:
     def kv_cache(self) -> KvCache:
         """How the KV cache is laid out."""
         kv_bytes = 1 if (self.asked.kv_cache_dtype or "auto") != "auto" else DTYPE_BYTES[self.dtype]
-        # Scheduling ahead of the GPU keeps two batches in flight (max_concurrent_batches); a CPU does not do it.
-        in_flight = self.max_num_batched_tokens * (2 if self.gpus else 1)
+        # Scheduling ahead of the GPU keeps a batch more in flight than there are stages (max_concurrent_batches); a CPU
+        # does not do it.
+        in_flight = self.max_num_batched_tokens * (self.pp + 1 if self.gpus else 1)
         return kv_cache(
-            self.snapshot, tp=self.tp, element_bytes=kv_bytes, block_tokens=self.block_tokens, in_flight=in_flight
+            self.stage, tp=self.tp, element_bytes=kv_bytes, block_tokens=self.block_tokens, in_flight=in_flight
         )
 
     def kv_mib(self, n_tokens: int) -> float:
@@ -176,6 +193,25 @@ def weights_bytes(snapshot: Snapshot, dtype: str) -> int:
         n // floats[stored] * DTYPE_BYTES[dtype] if stored in floats else n
         for stored, n in snapshot.tensor_bytes.items()
     )
+
+
+def stage(snapshot: Snapshot, pp: int) -> Snapshot:
+    """Give the largest of `pp` stages: layers are dealt evenly, some stages have one more (distributed/utils.py)."""
+    layers, sliding = (-(-n // pp) for n in (snapshot.n_layer, snapshot.n_sliding_layers))
+    return dataclasses.replace(snapshot, n_layer=layers, n_sliding_layers=min(layers, sliding))
+
+
+def stage_bytes(snapshot: Snapshot, dtype: str, pp: int) -> int:
+    """Give the bytes of the weights of the largest stage: its layers, and the embedding or the output layer.
+
+    The first stage has the one and the last has the other (get_pp_indices in distributed/utils.py).
+    """
+    whole = weights_bytes(snapshot, dtype)
+    if pp == 1:
+        return whole
+    ends = snapshot.vocab_size * snapshot.hidden_size * DTYPE_BYTES[dtype]
+    layers = max(0, whole - ends * (1 if snapshot.tie_word_embeddings else 2))
+    return min(whole, layers * -(-snapshot.n_layer // pp) // snapshot.n_layer + ends)
 
 
 @dataclass(frozen=True)

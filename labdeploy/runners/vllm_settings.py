@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from labdeploy.schema import Bool, Int, ListOf, Mib, Number, OneOf, Size, Text, setting
+from labdeploy.schema import Bool, Int, IpAddress, ListOf, Mib, Name, Number, OneOf, Port, Size, Text, setting
 
+SPAN_PORTS = {"mp": 29501, "ray": 6379}  # vLLM's --master-port, Ray's --port
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -45,6 +46,23 @@ class VllmSettings:
     shutdown_timeout: int | None = setting(
         Int(0, 3600), "seconds that running requests get to end when it stops", default=None
     )
+    span: tuple[str, ...] | None = setting(
+        ListOf(Name), "hosts that serve it together; this host first: it answers", default=None
+    )
+    span_addresses: tuple[str, ...] | None = setting(
+        ListOf(IpAddress()), "where the hosts of the span reach each other; default: address: of each", default=None
+    )
+    span_port: int | None = setting(
+        Port, "port of the first host at which the others join; default: 29501, with Ray 6379", default=None
+    )
+    engine: str | None = setting(
+        OneOf(("mp", "ray")), "what joins the hosts of a span: vLLM itself (mp), or Ray; default: mp", default=None
+    )
+
+    @property
+    def joins_at(self) -> int:
+        """The port of the first host of a span at which the others join."""
+        return self.span_port or SPAN_PORTS[self.engine or "mp"]
 
 
 OWNED_FLAGS = {
@@ -73,8 +91,12 @@ OWNED_FLAGS = {
 } | {
     "--disable-access-log-for-endpoints": "health checks are kept out of the journal always",
     "--config": "write its keys as settings or flags here",
-    "-pp": "one service runs on GPUs of one host; write tensor_parallel_size:",
-    "--pipeline-parallel-size": "one service runs on GPUs of one host; write tensor_parallel_size:",
+    **dict.fromkeys(
+        ("-pp", "--pipeline-parallel-size", "-n", "--nnodes", "-r", "--node-rank", "--master-addr", "--headless"),
+        "write span: [HOST, HOST]",
+    ),
+    "--master-port": "write span_port:",
+    "--distributed-executor-backend": "write engine:",
 }
 OWNED_ENV = {
     "VLLM_API_KEY": "a key in a unit is readable by everyone on the host; write api_key_file:",

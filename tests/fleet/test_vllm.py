@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import threading
@@ -16,7 +17,7 @@ from labdeploy import builds, sandbox
 from labdeploy.hardware import Gpu
 from labdeploy.models.model import ModelFacts
 from labdeploy.models.safetensors import read_snapshot
-from labdeploy.runners.base import Budget, GpuBudget, Request
+from labdeploy.runners.base import Budget, GpuBudget, Part, Request
 from labdeploy.runners.vllm import RUNNER
 from labdeploy.runners.vllm_memory import kv_cache
 from labdeploy.runners.vllm_settings import DTYPE_BYTES, VllmSettings
@@ -215,7 +216,8 @@ def rendered_argvs(snapshot: Snapshot) -> Iterator[list[str]]:
         "served_model_name": "tiny",
         "shutdown_timeout": 10,
     }
-    assert set(everything) == set(settings_of(VllmSettings)) - {"gpus"}, "gpus is no flag: devices are named by env"
+    over_hosts = {"span", "span_addresses", "span_port", "engine"}
+    assert set(everything) | over_hosts == set(settings_of(VllmSettings)) - {"gpus"}, "devices are named by env"
     gpus = tuple(
         GpuBudget(i, i, Gpu(name="RTX 4090", vram=Mib(24576), compute_capability="8.9"), 24576, 24064) for i in (0, 1)
     )
@@ -223,9 +225,14 @@ def rendered_argvs(snapshot: Snapshot) -> Iterator[list[str]]:
         for has in ((), gpus):
             settings = {key: value for key, value in some.items() if has or key != "tensor_parallel_size"}
             yield list(serve_argv(snapshot, has, settings))
+    for engine, rank, has in itertools.product(("mp", "ray"), (0, 1), ((), gpus)):
+        part = Part(rank, ("a", "b"), ("10.0.0.1", "10.0.0.2"))
+        yield list(serve_argv(snapshot, has, {"span": part.hosts, "engine": engine, "span_port": 29600}, part))
 
 
-def serve_argv(snapshot: Snapshot, gpus: tuple[GpuBudget, ...], settings: dict[str, Any]) -> tuple[str, ...]:
+def serve_argv(
+    snapshot: Snapshot, gpus: tuple[GpuBudget, ...], settings: dict[str, Any], part: Part | None = None
+) -> tuple[str, ...]:
     """Plan one service and give the words after `serve`."""
     request = Request(
         name="chat",
@@ -240,6 +247,7 @@ def serve_argv(snapshot: Snapshot, gpus: tuple[GpuBudget, ...], settings: dict[s
         flags=(),
         env={},
         api_key_file=None,
+        part=part,
     )
     budget = Budget(gpus, 65536, threads=2, threads_why="", cpu_features=("avx2",))
     return RUNNER.plan(request, budget).argv[2:]
