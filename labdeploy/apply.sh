@@ -8,7 +8,8 @@
 #   recover                     the same at boot, before our units start
 #   state | history | files N   what is here, for status, history and diff
 #
-# It answers in lines of tab-separated fields; host.py reads them. What holds, at every moment:
+# It answers in lines of tab-separated fields; host.py reads them, and sends what `want` asks for.
+# What holds, at every moment:
 #   current  -> the generation whose files are installed       good -> the last one that was confirmed
 #   pending  exists from before the first installed file changes until all that a switch or its undoing does is done
 #   incoming/, undo/   what going forward and going back need, staged before `pending`: on a full disk a rename of
@@ -169,7 +170,7 @@ refuse_drift() {
         refuse 2 "changed on the host by hand: $_found" "labdeploy diff shows it; push --overwrite-drift replaces it"
 }
 
-push() { # ID HASH BY WATCH_S CONFIRM_S OPTIONS; the bundle may follow on stdin
+push() { # ID HASH BY WATCH_S CONFIRM_S OPTIONS; the bundle follows on stdin once it is asked for
     ID=$1 HASH=$2 BY=$3 OPTIONS=$6
     locked
     _g=$(generation current)
@@ -181,6 +182,7 @@ push() { # ID HASH BY WATCH_S CONFIRM_S OPTIONS; the bundle may follow on stdin
             exit 0
         fi
     fi
+    emit want bundle
     run_txn push "$@"
 }
 
@@ -201,7 +203,7 @@ rollback() { # ID GENERATION BY WATCH_S CONFIRM_S OPTIONS; GENERATION `previous`
         emit result unchanged "$(number "$_g")"
         exit 0
     fi
-    run_txn rollback "$1" "$_to" "$3" "$4" "$5" "$6"
+    run_txn rollback "$1" "$_to" "$3" "$4" "$5" "$6" </dev/null
 }
 
 # Where settle was killed or could not write. (Not OnFailure=: with it systemd 262 sometimes keeps the failed unit.)

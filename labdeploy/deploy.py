@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 Result = Literal["changed", "unchanged", "rolled-back", "failed", "skipped", "would-change"]
 
-WORKERS = 32  # more do not make it faster: one process handles 250-300 hosts a second, and latency per host grows
+WORKERS = 128  # hosts that are talked to at once; all logging in, they take 0.6 s of each other (5 ms each)
 WATCH_S = 6  # a service that crashes five seconds after its first answer is still caught
 CONFIRM_S = 30  # the host waits this long for the second connection before it goes back
 SLACK_S = 120  # beyond all deadlines of its services, a host that says nothing is given up
@@ -214,6 +214,7 @@ def run_job(
                 payload=job.payload,
                 on_line=see,
                 timeout_s=job.deadline_s + watch_s + CONFIRM_S + SLACK_S,
+                whole_s=2 * job.deadline_s + watch_s + CONFIRM_S + 2 * SLACK_S,  # forward, and back if need be
             )
     except LabdeployError as problem:
         error = problem
