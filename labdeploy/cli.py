@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import threading
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from labdeploy.generation import Generation
     from labdeploy.inventory import Host, Inventory
     from labdeploy.plan import HostPlan
+    from labdeploy.remembered import Push
 
 F = TypeVar("F", bound="Callable[..., Any]")
+T = TypeVar("T")
 
 
 class Options:
@@ -34,11 +36,18 @@ class Options:
     verbose: bool = False
 
     @functools.cached_property
+    def path(self) -> Path:
+        """Where the inventory is."""
+        from labdeploy import place  # noqa: PLC0415
+
+        return place.find(self.inventory_path)
+
+    @functools.cached_property
     def inventory(self) -> Inventory:
         """The inventory, read once."""
         from labdeploy import inventory  # noqa: PLC0415
 
-        return inventory.load(inventory.find(self.inventory_path))
+        return inventory.load(self.path)
 
     def confirm(self, question: str) -> None:
         """Ask on a terminal; without one, -y must have been given."""
@@ -231,16 +240,12 @@ def push(
 
     if bool(hosts) == everything:
         raise click.UsageError("name the hosts to push to, or write --all")
-    plans = _plans(options, hosts)
-    generations = _generations(options, plans)
+    pushes, generations = _pushes(options, hosts)
     if everything and not dry_run:
-        names = ", ".join(p.host.name for p in plans)
-        options.confirm(f"Push to {len(plans)} hosts ({names})?")
+        names = ", ".join(each.name for each in pushes)
+        options.confirm(f"Push to {len(pushes)} hosts ({names})?")
     push_id = deploy.new_push_id()
-    jobs = [
-        deploy.push_job(p.host, generations[p.host.name], push_id, sum(s.health.deadline_s for s in p.services))
-        for p in plans
-    ]
+    jobs = [deploy.push_job(each, generations, push_id) for each in pushes]
     return _run(
         options,
         jobs,
@@ -282,6 +287,34 @@ def rollback(options: Options, hosts: tuple[str, ...], to: int | None, overwrite
     return _run(options, jobs, push_id, flags=["overwrite-drift"] if overwrite_drift else [])
 
 
+def _pushes(options: Options, hosts: Sequence[str]) -> tuple[Sequence[Push], Callable[[], Mapping[str, Generation]]]:
+    """Give what to push, and a function that gives the files; where nothing has changed since, none are made yet."""
+    from labdeploy.remembered import Memory, push_of  # noqa: PLC0415
+
+    memory = Memory(options.path, hosts)
+    if remembered := memory.recall():
+        return remembered, _once(lambda: _generations(options, _plans(options, hosts)))
+    plans = _plans(options, hosts)
+    generations = _generations(options, plans)
+    pushes = [
+        push_of(p.host, generations[p.host.name].content_hash, sum(s.health.deadline_s for s in p.services))
+        for p in plans
+    ]
+    memory.keep(pushes, options.inventory)
+    return pushes, lambda: generations
+
+
+def _once(make: Callable[[], T]) -> Callable[[], T]:
+    """Make something when it is first asked for, once, whichever thread asks."""
+    lock, made = threading.Lock(), functools.cache(make)
+
+    def get() -> T:
+        with lock:
+            return made()
+
+    return get
+
+
 def _last_push(options: Options, hosts: Sequence[Host]) -> dict[str, str]:
     """Find the hosts that the last push changed, and what each had before; ask before touching them."""
     from labdeploy import fleet  # noqa: PLC0415
@@ -310,7 +343,7 @@ def _run(
     order: Any = None,  # noqa: ANN401
     flags: Sequence[str] = (),
     watch_s: int | None = None,
-    generations: Mapping[str, Generation] = MappingProxyType({}),
+    generations: Callable[[], Mapping[str, Generation]] = dict,
 ) -> int:
     """Do the jobs with live progress, print the recap, give the exit code."""
     from labdeploy import deploy, report  # noqa: PLC0415
@@ -319,7 +352,7 @@ def _run(
     with Progress([job.host.name for job in jobs], verbose=options.verbose, quiet=options.json) as progress:
         outcomes = deploy.run_jobs(
             jobs,
-            options.inventory.folder,
+            options.path.parent,
             push_id,
             order=order or deploy.Order(),
             options=flags,
@@ -333,8 +366,8 @@ def _run(
     else:
         for outcome in outcomes:
             click.echo(report.outcome_text(outcome), nl=False)
-            if outcome.result == "would-change" and outcome.host in generations:
-                click.echo(report.dry_run_diff(outcome, generations[outcome.host]), nl=False)
+            if outcome.result == "would-change" and (files := generations().get(outcome.host)):
+                click.echo(report.dry_run_diff(outcome, files), nl=False)
     _tell_errors(outcomes)
     codes = [outcome.exit_code for outcome in outcomes]
     return max([*codes, INTERRUPTED if progress.interrupted else 0], default=0)

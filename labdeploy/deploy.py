@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from labdeploy.generation import Generation
-    from labdeploy.inventory import Host
+    from labdeploy.host import Payload, Target
+    from labdeploy.remembered import Push
 
 Result = Literal["changed", "unchanged", "rolled-back", "failed", "skipped", "would-change"]
 
@@ -90,11 +91,12 @@ class Outcome:
 class Job:
     """What to do on one host: a verb of the host program with its target, and what to send along."""
 
-    host: Host
+    host: Target
     verb: Literal["push", "rollback"]
     target: str
     services: tuple[str, ...] = ()
-    payload: bytes = b""
+    payload: Payload = b""
+    """What the host asks for where something is to change."""
     deadline_s: float = 3600.0
 
 
@@ -142,11 +144,14 @@ def whoami() -> str:
     return re.sub(r"[^A-Za-z0-9@._-]", "_", f"{user}@{socket.gethostname()}")
 
 
-def push_job(host: Host, generation: Generation, push_id: str, deadline_s: float) -> Job:
-    """Say what a push sends to a host."""
+def push_job(push: Push, generations: Callable[[], Mapping[str, Generation]], push_id: str) -> Job:
+    """Say what a push sends to a host; its files are packed when the host asks for them."""
     at = f"{_now():%Y-%m-%dT%H:%M:%SZ}"
-    bundle = generation.bundle(push_id=push_id, by=whoami(), at=at, version=__version__)
-    return Job(host, "push", generation.content_hash, tuple(host.services), bundle, deadline_s)
+
+    def write(send: Callable[[bytes], object]) -> None:
+        send(generations()[push.name].bundle(push_id=push_id, by=whoami(), at=at, version=__version__))
+
+    return Job(push, "push", push.content_hash, push.services, write, push.deadline_s)
 
 
 def run_jobs(
@@ -221,7 +226,7 @@ def run_job(
     return outcome_of(job, lines, error, time.monotonic() - started)
 
 
-def _confirm(host: Host, folder: Path, push_id: str) -> None:
+def _confirm(host: Target, folder: Path, push_id: str) -> None:
     """Confirm a push over a new connection: what the switch may have broken is just this way in."""
     try:
         with HostConnection(host, folder) as connection:
@@ -240,7 +245,7 @@ def outcome_of(job: Job, lines: Sequence[Line], error: LabdeployError | None, se
         generation=int(result.field(1)) if result else None,
         previous=int(result.field(2)) if result and result.field(2) else None,
         seconds=round(seconds, 2),
-        error=_error(job.host, said, result, failure, error),
+        error=_error(job, said, result, failure, error),
         services=_services(job, lines),
         log=tuple((line.field(0), line.field(1)) for line in lines if line.kind == "log"),
         would=tuple(line.field(0) for line in lines if line.kind == "would"),
@@ -252,15 +257,16 @@ def outcome_of(job: Job, lines: Sequence[Line], error: LabdeployError | None, se
 
 
 def _error(
-    host: Host, said: Mapping[str, Line], result: Line | None, failure: Line | None, error: LabdeployError | None
+    job: Job, said: Mapping[str, Line], result: Line | None, failure: Line | None, error: LabdeployError | None
 ) -> LabdeployError | None:
     """Turn what went wrong on a host into its error, with what the host did about it."""
+    host = job.host
     if refused := said.get("refused"):
         kind = _REFUSALS.get(refused.field(0), LabdeployError)
         hint = refused.field(2).replace("{host}", host.name).replace("{address}", host.address or host.name)
         return kind(refused.field(1), where=host.name, hint=hint)
     why = failure.field(0) if failure else "the push was cut off"
-    service = why.partition(":")[0] if failure and ":" in why else next(iter(host.services), "SERVICE")
+    service = why.partition(":")[0] if failure and ":" in why else next(iter(job.services), "SERVICE")
     logs = f"labdeploy logs {host.name} {service} -n 50"
     if result is None:
         return error or _silence(host, said)
@@ -272,7 +278,7 @@ def _error(
     return None
 
 
-def _silence(host: Host, said: Mapping[str, Line]) -> LabdeployError:
+def _silence(host: Target, said: Mapping[str, Line]) -> LabdeployError:
     """Say what is known of a host whose program ended without a result: power, network, or systemd-run itself."""
     if "stderr" in said:
         return LabdeployError(said["stderr"].field(0), where=host.name)
