@@ -251,6 +251,7 @@ txn() { # VERB ID TARGET BY WATCH_S CONFIRM_S OPTIONS
     decide
     preflight
     ! option dry-run || would
+    read_models
     stage
     arm
     switch
@@ -662,6 +663,24 @@ restart_foreign() { # UNIT: as it was before it was adopted
 }
 
 # --- forward ----------------------------------------------------------------------------------------------------
+
+read_models() { # of what will restart, into the page cache: what serves now goes on meanwhile, and is away for less long
+    _room=$(sed -n 's/^MemAvailable: *\([0-9]*\) .*/\1/p' /proc/meminfo)
+    for _u in $changed $adopt; do
+        load_service "$NEW" "$(service_of "$_u")"
+        _kib=$((model_bytes / 1024))
+        [ -e "$model" ] && [ "$_kib" -gt 0 ] && [ "$_kib" -lt "${_room:-0}" ] || continue # it would push itself out
+        _room=$((_room - _kib))
+        emit step read "$(service_of "$_u")"
+        case $model in
+            *-00001-of-*.gguf)
+                _name=${model##*/}
+                set -- "${model%/*}" -maxdepth 1 -name "${_name%-00001-of-*}-*-of-${_name##*-of-}" ;;
+            *) set -- "$model" ;;
+        esac
+        timeout "$deadline_s" find -L "$@" -type f -exec cat {} + >/dev/null 2>&1
+    done
+}
 
 tidy() { # what was staged and is needed no more; never while `pending` is there
     [ -e "$ROOT/pending" ] || rm -rf "$ROOT/undo" "$ROOT/incoming"

@@ -25,6 +25,7 @@ _STEPS = {
     "receive": "sending",
     "verify": "checking files, room and units",
     "prove": "counting the memory of {}",
+    "read": "reading the model of {}",
     "stage": "writing generation {}",
     "arm": "preparing the way back",
     "switch": "installing generation {}",
