@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup system demo test unit fleet vllm faults lint docs bench-planner clean
+.PHONY: setup system demo test unit fleet vllm faults lint docs bench bench-planner clean
 
 setup: $(VENV)/.done
 
@@ -26,7 +26,7 @@ lint: setup system
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	shellcheck -s sh labdeploy/apply.sh labdeploy/ollama.sh labdeploy/builds.sh labdeploy/model_files.sh \
-		labdeploy/facts/facts.sh tests/system-packages.sh
+		labdeploy/facts/facts.sh tests/system-packages.sh docs/examples/ansible/pack.sh
 
 unit: setup system
 	$(BIN)/python -m pytest tests/unit -n 2
@@ -44,6 +44,11 @@ vllm: setup system
 faults: setup system
 	LABDEPLOY_FAULTS=all $(BIN)/python -m pytest tests/fleet/test_faults.py tests/fleet/test_power.py \
 		tests/fleet/test_many_pushes.py -n $(or $(WORKERS),4) $(ARGS)
+
+# Times pushes beside Ansible, pyinfra, OpenSSH and a bare script on the same hosts; ten minutes, and a quiet machine.
+# Writes docs/benchmarks.md. QUICK=1 tries it in a minute and writes nothing.
+bench: setup system
+	$(BIN)/python tests/bench/push.py $(if $(QUICK),--quick)
 
 # Lays the memory planner beside the real llama-server; ten minutes. Writes docs/planner-accuracy.md.
 bench-planner: setup system

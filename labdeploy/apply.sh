@@ -9,7 +9,8 @@
 #   state | history | files N   what is here, for status, history and diff
 #   confirm ID | deny ID WHY    what the controller says to a transaction that waits for it, over a second connection
 #
-# It answers in lines of tab-separated fields; host.py reads them. What holds, at every moment:
+# It answers in lines of tab-separated fields; host.py reads them, and sends what `want` asks for.
+# What holds, at every moment:
 #   current  -> the generation whose files are installed       good -> the last one that was confirmed
 #   pending  exists from before the first installed file changes until all that a switch or its undoing does is done
 #   incoming/, undo/   what going forward and going back need, staged before `pending`: on a full disk a rename of
@@ -176,7 +177,7 @@ refuse_drift() {
         refuse 2 "changed on the host by hand: $_found" "labdeploy diff shows it; push --overwrite-drift replaces it"
 }
 
-push() { # ID HASH BY WATCH_S CONFIRM_S OPTIONS; the bundle may follow on stdin
+push() { # ID HASH BY WATCH_S CONFIRM_S OPTIONS; the bundle follows on stdin once it is asked for
     ID=$1 HASH=$2 BY=$3 OPTIONS=$6
     locked
     FROM=$(generation current) _g=$FROM
@@ -188,6 +189,7 @@ push() { # ID HASH BY WATCH_S CONFIRM_S OPTIONS; the bundle may follow on stdin
             exit 0
         fi
     fi
+    emit want bundle
     run_txn push "$@"
 }
 
@@ -208,7 +210,7 @@ rollback() { # ID GENERATION BY WATCH_S CONFIRM_S OPTIONS; GENERATION `previous`
         emit result unchanged "$(number "$_g")"
         exit 0
     fi
-    run_txn rollback "$1" "$_to" "$3" "$4" "$5" "$6"
+    run_txn rollback "$1" "$_to" "$3" "$4" "$5" "$6" </dev/null
 }
 
 # Where settle was killed or could not write. (Not OnFailure=: with it systemd 262 sometimes keeps the failed unit.)
@@ -256,6 +258,7 @@ txn() { # VERB ID TARGET BY WATCH_S CONFIRM_S OPTIONS
     decide
     preflight
     ! option dry-run || would
+    read_models
     stage
     arm
     switch
@@ -671,6 +674,24 @@ restart_foreign() { # UNIT: as it was before it was adopted
 }
 
 # --- forward ----------------------------------------------------------------------------------------------------
+
+read_models() { # of what will restart, into the page cache: what serves now goes on meanwhile, and is away for less long
+    _room=$(sed -n 's/^MemAvailable: *\([0-9]*\) .*/\1/p' /proc/meminfo)
+    for _u in $changed $adopt; do
+        load_service "$NEW" "$(service_of "$_u")"
+        _kib=$((model_bytes / 1024))
+        [ -e "$model" ] && [ "$_kib" -gt 0 ] && [ "$_kib" -lt "${_room:-0}" ] || continue # it would push itself out
+        _room=$((_room - _kib))
+        emit step read "$(service_of "$_u")"
+        case $model in
+            *-00001-of-*.gguf)
+                _name=${model##*/}
+                set -- "${model%/*}" -maxdepth 1 -name "${_name%-00001-of-*}-*-of-${_name##*-of-}" ;;
+            *) set -- "$model" ;;
+        esac
+        timeout "$deadline_s" find -L "$@" -type f -exec cat {} + >/dev/null 2>&1
+    done
+}
 
 tidy() { # what was staged and is needed no more; never while `pending` is there
     [ ! -e "$ROOT/pending" ] || return 0

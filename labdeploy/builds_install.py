@@ -196,7 +196,9 @@ def _run(
     on_line: Callable[[Line], None] | None = None,
 ) -> list[Line]:
     """Run the host's part and raise what it refused."""
-    lines = connection.run(verb, *args, payload=payload, on_line=on_line, timeout_s=SILENCE_S, name=PROGRAM)
+    lines = connection.run(
+        verb, *args, payload=payload, on_line=on_line, timeout_s=SILENCE_S, whole_s=None, name=PROGRAM
+    )
     refused = next((line for line in lines if line.kind == "refused"), None)
     if refused:
         kind = _REFUSALS.get(refused.field(0), LabdeployError)

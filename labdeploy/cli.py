@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
+import threading
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -16,12 +16,15 @@ from labdeploy.cli_pick import pick
 from labdeploy.errors import INTERRUPTED, CheckError, InventoryError, LabdeployError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from labdeploy.deploy import Outcome
     from labdeploy.generation import Generation
     from labdeploy.inventory import Host, Inventory
     from labdeploy.plan import HostPlan
+    from labdeploy.remembered import Push
+
+T = TypeVar("T")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
@@ -165,27 +168,16 @@ def push(
     watch: int | None,
 ) -> int:
     """Deploy, verify, switch, check health; where that fails the old generation comes back."""
-    from labdeploy import deploy, spans  # noqa: PLC0415
+    from labdeploy import deploy  # noqa: PLC0415
 
     if bool(hosts) == everything:
         raise click.UsageError("name the hosts to push to, or write --all")
-    plans = _plans(options, _with_companions(options, hosts))
-    generations = _generations(options, plans)
+    pushes, generations = _pushes(options, hosts)
     if everything and not dry_run:
-        names = ", ".join(p.host.name for p in plans)
-        options.confirm(f"Push to {len(plans)} hosts ({names})?")
+        names = ", ".join(each.name for each in pushes)
+        options.confirm(f"Push to {len(pushes)} hosts ({names})?")
     push_id = deploy.new_push_id()
-    groups = spans.together(generations, spans.edges(p.host for p in plans))
-    jobs = [
-        deploy.push_job(
-            p.host,
-            generations[p.host.name],
-            push_id,
-            sum(s.health.deadline_s for s in p.services),
-            groups[p.host.name],
-        )
-        for p in plans
-    ]
+    jobs = [deploy.push_job(each, generations, push_id) for each in pushes]
     return _run(
         options,
         jobs,
@@ -227,6 +219,42 @@ def rollback(options: Options, hosts: tuple[str, ...], to: int | None, overwrite
         if name in targets
     ]
     return _run(options, jobs, push_id, flags=["overwrite-drift"] if overwrite_drift else [])
+
+
+def _pushes(options: Options, hosts: Sequence[str]) -> tuple[Sequence[Push], Callable[[], Mapping[str, Generation]]]:
+    """Give what to push, and a function that gives the files; where nothing has changed since, none are made yet."""
+    from labdeploy import spans  # noqa: PLC0415
+    from labdeploy.remembered import Memory, push_of  # noqa: PLC0415
+
+    memory = Memory(options.path, hosts)
+    if remembered := memory.recall():
+        return remembered, _once(lambda: _generations(options, _plans(options, hosts)))
+    plans = _plans(options, _with_companions(options, hosts))
+    generations = _generations(options, plans)
+    groups = spans.together(generations, spans.edges(p.host for p in plans))
+    pushes = [
+        push_of(
+            p.host,
+            generations[p.host.name].content_hash,
+            sum(s.health.deadline_s for s in p.services),
+            groups[p.host.name],
+        )
+        for p in plans
+    ]
+    if all(len(group) == 1 for group in groups.values()):  # of spans it is told each time who goes along
+        memory.keep(pushes, options.inventory)
+    return pushes, lambda: generations
+
+
+def _once(make: Callable[[], T]) -> Callable[[], T]:
+    """Make something when it is first asked for, once, whichever thread asks."""
+    lock, made = threading.Lock(), functools.cache(make)
+
+    def get() -> T:
+        with lock:
+            return made()
+
+    return get
 
 
 def _with_companions(options: Options, hosts: Sequence[str]) -> list[str]:
@@ -277,7 +305,7 @@ def _run(
     order: Any = None,  # noqa: ANN401
     flags: Sequence[str] = (),
     watch_s: int | None = None,
-    generations: Mapping[str, Generation] = MappingProxyType({}),
+    generations: Callable[[], Mapping[str, Generation]] = dict,
 ) -> int:
     """Do the jobs with live progress, print the recap, give the exit code."""
     from labdeploy import deploy, report  # noqa: PLC0415
@@ -286,7 +314,7 @@ def _run(
     with Progress([job.host.name for job in jobs], verbose=options.verbose, quiet=options.json) as progress:
         outcomes = deploy.run_jobs(
             jobs,
-            options.inventory.folder,
+            options.path.parent,
             push_id,
             order=order or deploy.Order(),
             options=flags,
@@ -300,8 +328,8 @@ def _run(
     else:
         for outcome in outcomes:
             click.echo(report.outcome_text(outcome), nl=False)
-            if outcome.result == "would-change" and outcome.host in generations:
-                click.echo(report.dry_run_diff(outcome, generations[outcome.host]), nl=False)
+            if outcome.result == "would-change" and (files := generations().get(outcome.host)):
+                click.echo(report.dry_run_diff(outcome, files), nl=False)
     _tell_errors(outcomes)
     codes = [outcome.exit_code for outcome in outcomes]
     return max([*codes, INTERRUPTED if progress.interrupted else 0], default=0)

@@ -29,11 +29,18 @@ class Options:
     verbose: bool = False
 
     @functools.cached_property
+    def path(self) -> Path:
+        """Where the inventory is."""
+        from labdeploy import place  # noqa: PLC0415
+
+        return place.find(self.inventory_path)
+
+    @functools.cached_property
     def inventory(self) -> Inventory:
         """The inventory, read once."""
         from labdeploy import inventory  # noqa: PLC0415
 
-        return inventory.load(inventory.find(self.inventory_path))
+        return inventory.load(self.path)
 
     def confirm(self, question: str) -> None:
         """Ask on a terminal; without one, -y must have been given."""

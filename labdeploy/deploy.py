@@ -34,11 +34,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from labdeploy.generation import Generation
-    from labdeploy.inventory import Host
+    from labdeploy.host import Payload, Target
+    from labdeploy.remembered import Push
 
 Result = Literal["changed", "unchanged", "rolled-back", "failed", "skipped", "would-change"]
 
-WORKERS = 32  # more do not make it faster: one process handles 250-300 hosts a second, and latency per host grows
+WORKERS = 128  # hosts that are talked to at once; all logging in, they take 0.6 s of each other (5 ms each)
 WATCH_S = 6  # a service that crashes five seconds after its first answer is still caught
 CONFIRM_S = 30  # the host waits this long for the second connection before it goes back
 DENIED = "another host of its span failed"
@@ -95,11 +96,12 @@ class Outcome:
 class Job:
     """What to do on one host: a verb of the host program with its target, and what to send along."""
 
-    host: Host
+    host: Target
     verb: Literal["push", "rollback"]
     target: str
     services: tuple[str, ...] = ()
-    payload: bytes = b""
+    payload: Payload = b""
+    """What the host asks for where something is to change."""
     deadline_s: float = 3600.0
     together: frozenset[str] = frozenset()
     """Hosts that move with this one or not at all, for they serve something together; itself among them."""
@@ -165,13 +167,14 @@ def _groups(jobs: Sequence[Job]) -> list[list[Job]]:
     return list(groups.values())
 
 
-def push_job(
-    host: Host, generation: Generation, push_id: str, deadline_s: float, together: frozenset[str] = frozenset()
-) -> Job:
-    """Say what a push sends to a host."""
+def push_job(push: Push, generations: Callable[[], Mapping[str, Generation]], push_id: str) -> Job:
+    """Say what a push sends to a host; its files are packed when the host asks for them."""
     at = f"{_now():%Y-%m-%dT%H:%M:%SZ}"
-    bundle = generation.bundle(push_id=push_id, by=whoami(), at=at, version=__version__)
-    return Job(host, "push", generation.content_hash, tuple(host.services), bundle, deadline_s, together)
+
+    def write(send: Callable[[bytes], object]) -> None:
+        send(generations()[push.name].bundle(push_id=push_id, by=whoami(), at=at, version=__version__))
+
+    return Job(push, "push", push.content_hash, push.services, write, push.deadline_s, frozenset(push.together))
 
 
 def run_jobs(
@@ -231,7 +234,9 @@ class Span(threading.Barrier):
         return True
 
 
-def run_span(jobs: Sequence[Job], run_one: Callable[..., Outcome], deny: Callable[[Host], object]) -> Iterator[Outcome]:
+def run_span(
+    jobs: Sequence[Job], run_one: Callable[..., Outcome], deny: Callable[[Target], object]
+) -> Iterator[Outcome]:
     """Move hosts together: each is asked first, then all are switched, and none is confirmed before all can be."""
     names = " and ".join(job.host.name for job in jobs)
     with ThreadPoolExecutor(max_workers=len(jobs)) as pool:
@@ -248,7 +253,7 @@ def run_span(jobs: Sequence[Job], run_one: Callable[..., Outcome], deny: Callabl
         yield from pool.map(lambda j, o, b: _take_back(j, o, run_one, failed) if b else o, jobs, ended, back)
 
 
-def _run_part(job: Job, run_one: Callable[..., Outcome], span: Span, deny: Callable[[Host], object]) -> Outcome:
+def _run_part(job: Job, run_one: Callable[..., Outcome], span: Span, deny: Callable[[Target], object]) -> Outcome:
     try:
         outcome = run_one(job, span=span)
     except BaseException:
@@ -311,13 +316,14 @@ def run_job(
                 payload=job.payload,
                 on_line=see,
                 timeout_s=job.deadline_s + watch_s + confirm_s + SLACK_S,
+                whole_s=2 * job.deadline_s + watch_s + confirm_s + 2 * SLACK_S,  # forward, and back if need be
             )
     except LabdeployError as problem:
         error = problem
     return outcome_of(job, lines, error, time.monotonic() - started)
 
 
-def _confirm(host: Host, folder: Path, push_id: str, span: Span | None) -> None:
+def _confirm(host: Target, folder: Path, push_id: str, span: Span | None) -> None:
     """Confirm a push over a new connection: what the switch may have broken is just this way in.
 
     A host of a span is confirmed when all of them can be reached so; it is told at once where one cannot go along.
@@ -334,7 +340,7 @@ def _confirm(host: Host, folder: Path, push_id: str, span: Span | None) -> None:
     _deny(host, folder, push_id)
 
 
-def _deny(host: Host, folder: Path, push_id: str) -> None:
+def _deny(host: Target, folder: Path, push_id: str) -> None:
     """Tell a host that another one of its span failed; where it cannot be told it goes back by itself, later."""
     with contextlib.suppress(HostError), HostConnection(host, folder) as connection:
         connection.run("deny", push_id, DENIED)
@@ -350,7 +356,7 @@ def outcome_of(job: Job, lines: Sequence[Line], error: LabdeployError | None, se
         generation=int(result.field(1)) if result else None,
         previous=int(result.field(2)) if result and result.field(2) else None,
         seconds=round(seconds, 2),
-        error=_error(job.host, said, result, failure, error),
+        error=_error(job, said, result, failure, error),
         services=_services(job, lines),
         log=tuple((line.field(0), line.field(1)) for line in lines if line.kind == "log"),
         would=tuple(line.field(0) for line in lines if line.kind == "would"),
@@ -362,15 +368,16 @@ def outcome_of(job: Job, lines: Sequence[Line], error: LabdeployError | None, se
 
 
 def _error(
-    host: Host, said: Mapping[str, Line], result: Line | None, failure: Line | None, error: LabdeployError | None
+    job: Job, said: Mapping[str, Line], result: Line | None, failure: Line | None, error: LabdeployError | None
 ) -> LabdeployError | None:
     """Turn what went wrong on a host into its error, with what the host did about it."""
+    host = job.host
     if refused := said.get("refused"):
         kind = _REFUSALS.get(refused.field(0), LabdeployError)
         hint = refused.field(2).replace("{host}", host.name).replace("{address}", host.address or host.name)
         return kind(refused.field(1), where=host.name, hint=hint)
     why = failure.field(0) if failure else "the push was cut off"
-    service = why.partition(":")[0] if failure and ":" in why else next(iter(host.services), "SERVICE")
+    service = why.partition(":")[0] if failure and ":" in why else next(iter(job.services), "SERVICE")
     logs = f"labdeploy logs {host.name} {service} -n 50"
     if result is None:
         return error or _silence(host, said)
@@ -384,7 +391,7 @@ def _error(
     return None
 
 
-def _silence(host: Host, said: Mapping[str, Line]) -> LabdeployError:
+def _silence(host: Target, said: Mapping[str, Line]) -> LabdeployError:
     """Say what is known of a host whose program ended without a result: power, network, or systemd-run itself."""
     if "stderr" in said:
         return LabdeployError(said["stderr"].field(0), where=host.name)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import http.client as http_client
+import hashlib
 import io
 import logging
 import shlex
 import socket
+import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import paramiko
 from fabric import Config, Connection
@@ -21,22 +22,64 @@ from labdeploy.errors import HostError, ModelError
 from labdeploy.facts.answer import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    import http.client
+    from collections.abc import Callable, Iterator, Mapping
     from typing import Self
 
-    from labdeploy.inventory import Host
-
     Write = Callable[[bytes], object]
-    Payload = bytes | Callable[[Write], None]
+    Payload = bytes | Callable[[Write], object]
+    """What goes to a program's standard input: bytes, or a function that writes what is too big to hold."""
 
 CONNECT_S = 10
 AUTH_S = 20
+LOGIN_S = 45  # connecting and logging in as a whole: an agent may hold several keys, each with AUTH_S
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)  # it prints what we raise and explain
 CHANNEL_S = 20  # paramiko's own default is an hour
 KEEPALIVE_S = 15
-ANSWER_S = 60  # a question that changes nothing
+DEAD_S = 45  # what we sent was not acknowledged for so long, keepalives at least: the host is gone
+ANSWER_S = 60  # a question that changes nothing is never silent for so long,
+WHOLE_S = 300  # and has ended by then
 FACTS_S = 150  # the longest that facts.sh is silent: HELP_S of it, and the start of what follows
+FACTS_WHOLE_S = 1800  # models on slow disks are read header by header
 SYSTEM_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
+KEPT = "apply.sh"  # the program of which each push leaves a copy on the host,
+KEPT_AT = "/etc/labdeploy/bin/labdeploy-host"  # here: the same is not sent again
+
+
+class Login(Protocol):
+    """How a host is logged in to; what is None comes from your own SSH configuration."""
+
+    @property
+    def user(self) -> str | None:
+        """Login name."""
+
+    @property
+    def port(self) -> int | None:
+        """Port of its SSH server."""
+
+    @property
+    def key(self) -> str | None:
+        """Private key file."""
+
+    @property
+    def known_hosts(self) -> str | None:
+        """File of known host keys."""
+
+
+class Target(Protocol):
+    """What must be known of a host to reach it; the inventory's Host is one."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the inventory."""
+
+    @property
+    def address(self) -> str | None:
+        """Host name or IP address."""
+
+    @property
+    def ssh(self) -> Login:
+        """How it is logged in to."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +115,11 @@ def facts_program() -> bytes:
 class HostConnection:
     """One SSH connection to one host. Use it as a context manager; it raises HostError for all that can go wrong."""
 
-    def __init__(self, host: Host, folder: Path) -> None:
+    def __init__(self, host: Target, folder: Path) -> None:
         self._host = host
         self._folder = folder
         self._connection: Any = None
+        self._transport: paramiko.Transport | None = None
 
     @property
     def name(self) -> str:
@@ -88,13 +132,15 @@ class HostConnection:
             host.address,
             user=ssh.user,
             port=ssh.port,
-            config=Config(overrides={"load_ssh_configs": True}),
+            config=Config(overrides={"load_ssh_configs": True}),  # its own: Fabric writes into it
             connect_timeout=CONNECT_S,
             connect_kwargs=self._connect_kwargs(),
         )
         try:
             self._trust_known_keys()
-            self._connection.open()
+            self._hurry_jump_hosts()
+            with self._at_most(LOGIN_S, "no login"):
+                self._connection.open()
             self._connection.transport.set_keepalive(KEEPALIVE_S)
         except Exception as error:
             self.__exit__()
@@ -112,41 +158,50 @@ class HostConnection:
         payload: Payload = b"",
         on_line: Callable[[Line], None] | None = None,
         timeout_s: float = ANSWER_S,
-        name: str = "apply.sh",
+        whole_s: float | None = WHOLE_S,
+        name: str = KEPT,
     ) -> list[Line]:
         """Run one of our programs on the host and give its answer; `on_line` sees each line as it arrives.
 
-        One exec: the program and the payload travel on its standard input. A payload that is too big to hold is a
-        function that writes it. Raises HostError when the connection breaks or sudo wants a password.
+        One exec: what is sent travels on the program's standard input, and of apply.sh only what the host asks for:
+        the program where it has another, the payload where that changes something. Raises HostError when the
+        connection breaks, sudo wants a password, the host is silent for `timeout_s`, or it is not done in `whole_s`.
         """
-        text = ollama_program() + program() if name == "apply.sh" else program(name)
-        return self._run_program(text, (verb, *args), payload, on_line, timeout_s)
+        text = ollama_program() + program() if name == KEPT else program(name)
+        if name == KEPT:
+            asked = {"program": text, "bundle": payload}
+            return self._talk(_start_kept(text, verb, *args), (), asked, on_line, timeout_s, whole_s)
+        return self._talk(_start(len(text), verb, *args), (text, payload), {}, on_line, timeout_s, whole_s)
 
     def ask_facts(self, *args: str) -> dict[str, tuple[str, ...]]:
         """Ask the host what it has (facts.sh), in one exec; the answer is the lines of each fact by its name."""
         answer: dict[str, list[str]] = {}
-        for line in self._run_program(facts_program(), ("facts", *args), timeout_s=FACTS_S):
+        text = facts_program()
+        for line in self._talk(_start(len(text), "facts", *args), (text,), {}, None, FACTS_S, FACTS_WHOLE_S):
             answer.setdefault(line.kind, []).append(printable(" ".join(line.fields)))
         if "end" not in answer:
             raise HostError("its answer broke off", where=self._host.name)
         return {name: tuple(lines) for name, lines in answer.items()}
 
-    def _run_program(
+    def _talk(
         self,
-        text: bytes,
-        words: tuple[str, ...],
-        payload: Payload = b"",
-        on_line: Callable[[Line], None] | None = None,
-        timeout_s: float = ANSWER_S,
+        command: str,
+        sent: tuple[Payload, ...],
+        asked: Mapping[str, Payload],
+        on_line: Callable[[Line], None] | None,
+        timeout_s: float,
+        whole_s: float | None,
     ) -> list[Line]:
+        """Start a command, send it what it is sent at once and then what it asks for, and give its other lines."""
         lines: list[Line] = []
-        with self._channel(_bootstrap(len(text), *words), timeout_s) as channel:
-            with contextlib.suppress(OSError):  # the program may answer and end without reading all of it
-                channel.sendall(text)
-                payload(channel.sendall) if callable(payload) else channel.sendall(payload)
-                channel.shutdown_write()
+        with self._channel(command, timeout_s, whole_s) as channel:
+            if sent:
+                _send(channel, *sent, ends=True)
             for said in self._lines(channel):
                 kind, *fields = said.split("\t")
+                if kind == "want":
+                    _send(channel, asked[fields[0]], ends=fields[0] == "bundle")
+                    continue
                 lines.append(Line(kind, tuple(fields)))
                 if on_line:
                     on_line(lines[-1])
@@ -155,7 +210,7 @@ class HostConnection:
 
     def stream(self, argv: list[str]) -> Iterator[str]:
         """Run a command as root and give its lines as they come, for as long as it runs."""
-        with self._channel(_as_root(shlex.join(argv)), None) as channel:
+        with self._channel(_as_root(shlex.join(argv)), None, None) as channel:
             yield from self._lines(channel)
             self._check_end(channel, answered=channel.recv_exit_status() == 0)
 
@@ -192,8 +247,10 @@ class HostConnection:
             self._check_end(channel, answered=said.isdigit())
             return int(said)
 
-    def http(self, address: str, port: int, timeout_s: float) -> http_client.HTTPConnection:
+    def http(self, address: str, port: int, timeout_s: float) -> http.client.HTTPConnection:
         """Give an HTTP connection to a port of the host, through this SSH connection."""
+        import http.client  # noqa: PLC0415 (a push has no use for it)
+
         try:
             channel = self._connection.transport.open_channel(
                 "direct-tcpip", (address, port), ("127.0.0.1", 0), timeout=CHANNEL_S
@@ -202,25 +259,36 @@ class HostConnection:
             what = f"nothing answers at {address}:{port} on the host ({error.text})"
             raise HostError(what, where=self._host.name) from error
         channel.settimeout(timeout_s)
-        connection = http_client.HTTPConnection(address, port, timeout=timeout_s)
+        connection = http.client.HTTPConnection(address, port, timeout=timeout_s)
         connection.sock = _ChannelSocket(channel)
         return connection
 
     # --- connecting ---------------------------------------------------------------------------------------------
 
     def _connect_kwargs(self) -> dict[str, Any]:
-        kwargs: dict[str, Any] = {
-            "banner_timeout": CONNECT_S,
-            "auth_timeout": AUTH_S,
-            "channel_timeout": CHANNEL_S,
-            "transport_factory": _without_delay,
-        }
+        kwargs: dict[str, Any] = {**_DEADLINES, "transport_factory": self._new_transport}
         if self._host.ssh.key:  # only this key: an agent full of others runs into the server's limit of attempts
             key = self._file(self._host.ssh.key)
             if not key.is_file():
                 raise HostError(f"SSH key {key} does not exist", where=self._host.name)
-            kwargs |= {"key_filename": str(key), "look_for_keys": False, "allow_agent": False}
+            try:
+                kwargs |= {"pkey": _login_key(key), "look_for_keys": False, "allow_agent": False}
+            except Exception as error:  # each kind of key has its own ways to be unreadable
+                hint = f"ssh-keygen -y -f {key}  (or leave ssh.key out, and have it in your agent)"
+                raise HostError(f"SSH key {key}: {error}", where=self._host.name, hint=hint) from error
         return kwargs
+
+    def _new_transport(self, sock: socket.socket, **kwargs: Any) -> paramiko.Transport:  # noqa: ANN401
+        self._transport = _without_delay(sock, **kwargs)
+        return self._transport
+
+    def _hurry_jump_hosts(self) -> None:
+        """Give the way there the same deadlines: Fabric knows none, and paramiko would wait an hour for a channel."""
+        jump = self._connection.gateway
+        while isinstance(jump, Connection):
+            jump.connect_timeout = jump.connect_timeout or CONNECT_S
+            jump.connect_kwargs |= {**_DEADLINES, "transport_factory": _without_delay}
+            jump = jump.gateway
 
     def _file(self, name: str) -> Path:
         return self._folder / Path(name).expanduser()
@@ -246,12 +314,40 @@ class HostConnection:
     # --- talking ------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _channel(self, command: str, timeout_s: float | None) -> Iterator[paramiko.Channel]:
+    def _at_most(self, seconds: float | None, what: str) -> Iterator[None]:
+        """Cut the connection off after so long: some of paramiko's waits have no end of their own."""
+        late = threading.Event()
+
+        def cut_off() -> None:
+            late.set()
+            if self._transport:
+                self._transport.close()
+
+        timer = threading.Timer(seconds or threading.TIMEOUT_MAX, cut_off)
+        timer.daemon = True
+        timer.start()
+        failure: Exception | None = None
         try:
-            channel = self._connection.transport.open_session(timeout=CHANNEL_S)
-            channel.settimeout(timeout_s)
-            channel.exec_command(command)
-            with contextlib.closing(channel):
+            yield
+        except Exception as error:  # noqa: BLE001 (whatever it was: where we are late, it was ours)
+            failure = error
+        finally:
+            timer.cancel()
+        if late.is_set():
+            raise HostError(f"{what} within {seconds:.0f} s", where=self._host.name) from failure
+        if failure:
+            raise failure
+
+    @contextlib.contextmanager
+    def _channel(
+        self, command: str, timeout_s: float | None, whole_s: float | None = WHOLE_S
+    ) -> Iterator[paramiko.Channel]:
+        try:
+            with self._at_most(CHANNEL_S, "no answer to a command"):
+                channel = self._connection.transport.open_session(timeout=CHANNEL_S)
+                channel.settimeout(timeout_s)
+                channel.exec_command(command)
+            with self._at_most(whole_s, "not done"), contextlib.closing(channel):
                 yield channel
         except TimeoutError as error:
             raise HostError(f"no answer for {timeout_s:.0f} s", where=self._host.name) from error
@@ -296,6 +392,8 @@ class HostConnection:
                 where=where,
                 hint=f"ssh-keygen -R '{self._key_name()}' -f {known_hosts}  (only if you know why it changed)",
             )
+        if missed := _missed(error):
+            return HostError(f"{address}:{port} {missed}", where=where)
         if isinstance(error, paramiko.AuthenticationException):
             key = f" with key {self._file(self._host.ssh.key)}" if self._host.ssh.key else ""
             return HostError(
@@ -307,12 +405,20 @@ class HostConnection:
                 where=where,
                 hint=f"ssh-keyscan -p {port} {address} >> {known_hosts}  (then compare: ssh-keygen -lf {known_hosts})",
             )
-        if isinstance(error, TimeoutError):
-            return HostError(f"{address}:{port} does not answer within {CONNECT_S} s", where=where)
         if isinstance(error, paramiko.ssh_exception.NoValidConnectionsError):
             error = next(iter(error.errors.values()))
         said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
         return HostError(f"{address}:{port}: {said}", where=where, hint=f"ssh -p {port} {user}@{address} true")
+
+
+def _missed(error: BaseException) -> str:
+    """Say which deadline of the way in was missed; paramiko tells some of them by its words alone."""
+    said = str(error)
+    if isinstance(error, paramiko.AuthenticationException) and "timeout" in said:
+        return f"does not answer to the login within {AUTH_S} s"
+    if isinstance(error, paramiko.SSHException) and ("banner" in said or "existing session" in said):
+        return f"takes connections, but no SSH server answers within {CONNECT_S} s"
+    return f"does not answer within {CONNECT_S} s" if isinstance(error, TimeoutError) else ""
 
 
 class _ChannelBytes(io.RawIOBase):
@@ -347,10 +453,31 @@ class _ChannelSocket:
 
 
 def _without_delay(sock: socket.socket, **kwargs: Any) -> paramiko.Transport:  # noqa: ANN401
-    """Make a transport that sends small packets at once: connect and login take 22 ms instead of 64 (loopback)."""
+    """Make a transport that sends small packets at once: connect and login take 22 ms instead of 64 (loopback).
+
+    And that ends when the host is gone without a word; without TCP_USER_TIMEOUT Linux goes on sending for 15 minutes.
+    """
     with contextlib.suppress(OSError, AttributeError):  # a jump host's channel is no TCP socket
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_S * 1000)
     return paramiko.Transport(sock, **kwargs)
+
+
+_DEADLINES = {"banner_timeout": CONNECT_S, "auth_timeout": AUTH_S, "channel_timeout": CHANNEL_S}
+
+
+@functools.cache
+def _login_key(file: Path) -> paramiko.PKey:
+    """Read a key once for however many hosts; by its name alone paramiko would try to read it as each kind for each."""
+    return paramiko.PKey.from_path(file)
+
+
+def _send(channel: paramiko.Channel, *payloads: Payload, ends: bool) -> None:
+    with contextlib.suppress(OSError):  # the program may answer and end without reading all of it
+        for payload in payloads:
+            payload(channel.sendall) if callable(payload) else channel.sendall(payload)
+        if ends:
+            channel.shutdown_write()
 
 
 def _known_keys(file: Path, name: str) -> list[paramiko.PKey]:
@@ -361,6 +488,8 @@ def _known_keys(file: Path, name: str) -> list[paramiko.PKey]:
         return []
     found, revoked = [], []
     for text in lines:
+        if name not in text and "|1|" not in text:
+            continue  # reading keys is what takes time, and a fleet's file has one for each host
         marker, _, rest = text.partition(" ") if text.startswith("@") else ("", "", text)
         try:
             entry = HostKeyEntry.from_line(rest)
@@ -376,7 +505,7 @@ def _known_keys(file: Path, name: str) -> list[paramiko.PKey]:
 
 
 def _names(entry: HostKeyEntry, name: str) -> bool:
-    """Tell whether a known_hosts entry is for a name; paramiko matches plain, hashed and wildcard forms."""
+    """Tell whether a known_hosts entry is for a name; paramiko matches plain and hashed ones."""
     keys = paramiko.HostKeys()
     keys._entries.append(entry)  # type: ignore[attr-defined]  # noqa: SLF001 (the public way in is a whole file)
     return keys.lookup(name) is not None
@@ -392,7 +521,19 @@ def _as_root(command: str) -> str:
     return f"exec /bin/sh -c {shlex.quote(inner)}"
 
 
-def _bootstrap(length: int, *words: str) -> str:
+def _start(length: int, *words: str) -> str:
     """Write the command that reads a program of that length from standard input and runs one of its verbs."""
     start = f'PROGRAM=$(head -c {length}) && eval "$PROGRAM"'
     return _as_root(f"set -- {shlex.join(words)}; {start}")
+
+
+def _start_kept(text: bytes, *words: str) -> str:
+    """Write the command that runs a verb of the program that the host has kept, and asks for it where it is another."""
+    kept = f'PROGRAM=$(cat {KEPT_AT} 2>/dev/null); [ "$(printf "%s\\n" "$PROGRAM" | sha256sum)" = "{_sum(text)}  -" ]'
+    ask = f'{{ printf "want\\tprogram\\n"; PROGRAM=$(head -c {len(text)}); }}'
+    return _as_root(f'set -- {shlex.join(words)}; {kept} || {ask}; eval "$PROGRAM"')
+
+
+@functools.cache
+def _sum(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import ipaddress
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -51,8 +50,6 @@ if TYPE_CHECKING:
 
     import yaml
 
-FILE_NAME = "inventory.yaml"
-ENV_NAME = "LABDEPLOY_INVENTORY"
 UnitName = Text("a unit name such as ollama.service", r"[A-Za-z0-9:_.-]{1,200}\.service")
 # Units that nobody means when they name a service of theirs, our own two among them.
 RESERVED_UNITS = ("labdeploy-txn.service", "labdeploy-recover.service", "systemd-*", "ssh*", "dbus*", "getty*")
@@ -282,22 +279,6 @@ class Inventory(InventoryKeys):
             what = f"no host is named {name!r}{did_you_mean(name, self.hosts)}"
             raise InventoryError(what, where=str(self.path), hint="labdeploy plan  (names every host)")
         return self.hosts[name]
-
-
-def find(given: Path | None) -> Path:
-    """Find the inventory: as given, else $LABDEPLOY_INVENTORY, else the nearest inventory.yaml upwards."""
-    if given:
-        return given
-    if named := os.environ.get(ENV_NAME):
-        return Path(named)
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / FILE_NAME).is_file():
-            return folder / FILE_NAME
-    raise InventoryError(
-        f"no {FILE_NAME} in {here} or above it",
-        hint=f"labdeploy -i PATH/{FILE_NAME} ...  (or: labdeploy sandbox up, which writes one)",
-    )
 
 
 def load(path: Path, edit: Callable[[yaml.Node], yaml.Node] | None = None) -> Inventory:

@@ -27,6 +27,7 @@ _STEPS = {
     "verify": "checking files, room and units",
     "prove": "counting the memory of {}",
     "import": "making {}'s store of models",
+    "read": "reading the model of {}",
     "stage": "writing generation {}",
     "arm": "preparing the way back",
     "switch": "installing generation {}",

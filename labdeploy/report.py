@@ -8,10 +8,7 @@ import textwrap
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from labdeploy.builds import known, program
 from labdeploy.errors import LabdeployError
-from labdeploy.facts import machine as facts
-from labdeploy.plan import setting_changes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -112,8 +109,7 @@ def files_text(host: str, files: Mapping[str, bytes]) -> str:
 def outcome_text(outcome: Outcome) -> str:
     """Say what became of a host: what changed, how long it took, what to know."""
     lines = [f"{outcome.host}: | {service}: {text}" for service, text in outcome.log]
-    changes = setting_changes(outcome.plan_before, outcome.plan_after)
-    told = "; ".join(f"{name} {', '.join(found)}" for name, found in sorted(changes.items()))
+    told = _told_changes(outcome) if outcome.plan_before or outcome.plan_after else ""
     if outcome.result == "unchanged":
         lines.append(f"{outcome.host}: no changes")
     elif outcome.result == "skipped":
@@ -128,6 +124,13 @@ def outcome_text(outcome: Outcome) -> str:
         lines += _fold_all(f"{outcome.host}: warning: {text}" for text in outcome.warnings)
         lines.append(f"{outcome.host}: {_actions(outcome)}, {outcome.seconds:.1f} s in all")
     return "".join(f"{line}\n" for line in lines)
+
+
+def _told_changes(outcome: Outcome) -> str:
+    from labdeploy.plan import setting_changes  # noqa: PLC0415 (where nothing changed, no planner is needed)
+
+    changes = setting_changes(outcome.plan_before, outcome.plan_after)
+    return "; ".join(f"{name} {', '.join(found)}" for name, found in sorted(changes.items()))
 
 
 def _actions(outcome: Outcome) -> str:
@@ -162,6 +165,8 @@ def probe_json(probed: Probed | LabdeployError, warnings: Sequence[str]) -> dict
     """Give what a host said, as `probe --json` reports it: what the lock keeps of it, as it is now."""
     if isinstance(probed, LabdeployError):
         return {"reachable": False, "error": str(probed), "warnings": []}
+    from labdeploy.facts import machine as facts  # noqa: PLC0415
+
     entry, flags = facts.to_lock(probed.machine)
     for build in entry["runners"].values():
         build["flags"] = [word.removesuffix("=") for word in flags.get(build["flags"], "").split()]
@@ -480,6 +485,8 @@ def check_text(answers: Mapping[str, Any]) -> str:
 
 def builds_json(answers: Mapping[str, Sequence[Build]], lock: Mapping[str, Any]) -> dict[str, Any]:
     """Give the builds of hosts, each with what it takes and who names it."""
+    from labdeploy.builds import known, program  # noqa: PLC0415
+
     return {
         host: [
             {

@@ -48,7 +48,7 @@ LOOKING = {  # functions that only look, or run outside of a transaction; all ot
     *("without", "room", "port_free", "disk_fast_enough", "foreign", "foreign_paths", "describe", "last_words", "http"),
     *("gpu_in_use", "unhealthy", "state", "history", "files", "confirm", "would", "fail", "intent", "load_pending"),
     *("not_running", "drifted_units", "compare_units", "locked", "refuse_drift", "touched_since", "preflight_service"),
-    *("pids_of", "as_nobody", "facts_for_proof", "held"),
+    *("pids_of", "as_nobody", "facts_for_proof", "held", "deny", "waiting", "denied"),
 }
 _CHANGING = "mv|rm|sync|cp|ln|mkdir|durable|place|put|turn|close|prune|systemctl|take_away|bring_home|uninstall"
 POINT = r"""

@@ -54,9 +54,12 @@ class Lab:
 
     def set(self, **settings: Any) -> None:  # noqa: ANN401
         """Write the inventory, with these settings of the service `chat` beside the usual ones."""
+        self.write(self.inventory(settings))
+
+    def inventory(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Give the inventory of these settings."""
         models = {"tiny": {"path": "tiny.gguf", "local": str(self.model)}}
-        hosts = {host.name: self._host(host, settings) for host in self.hosts}
-        self.write({"models": models, "hosts": hosts})
+        return {"models": models, "hosts": {host.name: self._host(host, settings) for host in self.hosts}}
 
     def write(self, inventory: dict[str, Any]) -> None:
         """Write the inventory as given."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from labdeploy import inventory
+from labdeploy import inventory, place
 from labdeploy.errors import InventoryError
 
 if TYPE_CHECKING:
@@ -249,17 +249,17 @@ def test_where_the_inventory_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
     deep = tmp_path / "a" / "b"
     deep.mkdir(parents=True)
     monkeypatch.chdir(deep)
-    monkeypatch.delenv(inventory.ENV_NAME, raising=False)
+    monkeypatch.delenv(place.ENV_NAME, raising=False)
     with pytest.raises(InventoryError, match=r"no inventory\.yaml in .* or above it") as caught:
-        inventory.find(None)
+        place.find(None)
     assert "labdeploy -i PATH" in caught.value.hint
     (tmp_path / "inventory.yaml").write_text(GOOD)
-    assert inventory.find(None) == tmp_path / "inventory.yaml"
+    assert place.find(None) == tmp_path / "inventory.yaml"
     (tmp_path / "a" / "inventory.yaml").write_text(GOOD)
-    assert inventory.find(None) == tmp_path / "a" / "inventory.yaml"
-    monkeypatch.setenv(inventory.ENV_NAME, str(tmp_path / "inventory.yaml"))
-    assert inventory.find(None) == tmp_path / "inventory.yaml"
-    assert inventory.find(deep / "x.yaml") == deep / "x.yaml"
+    assert place.find(None) == tmp_path / "a" / "inventory.yaml"
+    monkeypatch.setenv(place.ENV_NAME, str(tmp_path / "inventory.yaml"))
+    assert place.find(None) == tmp_path / "inventory.yaml"
+    assert place.find(deep / "x.yaml") == deep / "x.yaml"
 
 
 def test_the_shipped_inventory_is_one(lab: Lab):
