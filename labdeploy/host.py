@@ -136,20 +136,22 @@ class HostConnection:
             connect_timeout=CONNECT_S,
             connect_kwargs=self._connect_kwargs(),
         )
+        at = self._connection
         try:
-            self._trust_known_keys()
-            self._hurry_jump_hosts()
             with self._at_most(LOGIN_S, "no login"):
-                self._connection.open()
+                for at in self._way():
+                    self._trust_known_keys(at)
+                    at.open()
             self._connection.transport.set_keepalive(KEEPALIVE_S)
         except Exception as error:
             self.__exit__()
-            raise self._translated(error) from error
+            raise self._translated(error, at) from error
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(Exception):
-            self._connection.close()
+        for connection in reversed(self._way()):
+            with contextlib.suppress(Exception):
+                connection.close()
 
     def run(
         self,
@@ -167,10 +169,11 @@ class HostConnection:
         the program where it has another, the payload where that changes something. Raises HostError when the
         connection breaks, sudo wants a password, the host is silent for `timeout_s`, or it is not done in `whole_s`.
         """
-        text = ollama_program() + program() if name == KEPT else program(name)
         if name == KEPT:
+            text = ollama_program() + program()
             asked = {"program": text, "bundle": payload}
             return self._talk(_start_kept(text, verb, *args), (), asked, on_line, timeout_s, whole_s)
+        text = program(name)
         return self._talk(_start(len(text), verb, *args), (text, payload), {}, on_line, timeout_s, whole_s)
 
     def ask_facts(self, *args: str) -> dict[str, tuple[str, ...]]:
@@ -282,34 +285,34 @@ class HostConnection:
         self._transport = _without_delay(sock, **kwargs)
         return self._transport
 
-    def _hurry_jump_hosts(self) -> None:
-        """Give the way there the same deadlines: Fabric knows none, and paramiko would wait an hour for a channel."""
-        jump = self._connection.gateway
-        while isinstance(jump, Connection):
+    def _way(self) -> list[Connection]:
+        """List the jump hosts that your SSH configuration names, then the host, each with our deadlines.
+
+        Fabric has none for jump hosts, and paramiko would wait an hour for a channel.
+        """
+        way = [self._connection]
+        while isinstance(jump := way[0].gateway, Connection):
             jump.connect_timeout = jump.connect_timeout or CONNECT_S
-            jump.connect_kwargs |= {**_DEADLINES, "transport_factory": _without_delay}
-            jump = jump.gateway
+            jump.connect_kwargs = {**jump.connect_kwargs, **_DEADLINES, "transport_factory": _without_delay}
+            way.insert(0, jump)
+        return way
 
     def _file(self, name: str) -> Path:
         return self._folder / Path(name).expanduser()
 
-    def _known_hosts_files(self) -> list[Path]:
-        if self._host.ssh.known_hosts:
-            return [self._file(self._host.ssh.known_hosts)]
-        return [Path("~/.ssh/known_hosts").expanduser(), SYSTEM_KNOWN_HOSTS]
+    def _known_hosts_files(self, connection: Connection) -> list[Path]:
+        own = [self._file(self._host.ssh.known_hosts)] if self._host.ssh.known_hosts else []
+        if own and connection is self._connection:
+            return own
+        return [Path("~/.ssh/known_hosts").expanduser(), SYSTEM_KNOWN_HOSTS, *own]
 
-    def _trust_known_keys(self) -> None:
-        """Load the keys known for this host and refuse all others; Fabric alone would accept any key."""
-        client, name = self._connection.client, self._key_name()
+    def _trust_known_keys(self, connection: Connection) -> None:
+        """Load the keys known for a host and refuse all others; Fabric alone would accept any key."""
+        client, name = connection.client, _key_name(connection)
         client.set_missing_host_key_policy(paramiko.RejectPolicy())
-        for file in self._known_hosts_files():
+        for file in self._known_hosts_files(connection):
             for key in _known_keys(file, name):
                 client.get_host_keys().add(name, key.get_name(), key)
-
-    def _key_name(self) -> str:
-        """Give the name under which known_hosts lists this host."""
-        address, port = self._connection.host, self._connection.port
-        return address if port == paramiko.config.SSH_PORT else f"[{address}]:{port}"
 
     # --- talking ------------------------------------------------------------------------------------------------
 
@@ -352,7 +355,7 @@ class HostConnection:
         except TimeoutError as error:
             raise HostError(f"no answer for {timeout_s:.0f} s", where=self._host.name) from error
         except (paramiko.SSHException, OSError, EOFError) as error:
-            raise self._translated(error) from error
+            raise self._translated(error, self._connection) from error
 
     def _lines(self, channel: paramiko.Channel) -> Iterator[str]:
         rest = b""
@@ -378,24 +381,24 @@ class HostConnection:
         what = "the connection was lost" if status < 0 else f"the command failed with exit status {status}"
         raise HostError(f"{what}: {said}" if said else what, where=self._host.name)
 
-    def _translated(self, error: BaseException) -> HostError:
-        """Say in plain words why a host cannot be used, with a command to type."""
+    def _translated(self, error: BaseException, at: Connection) -> HostError:
+        """Say in plain words why a host, or a jump host on the way to it, cannot be used, with a command to type."""
         if isinstance(error, HostError):
             return error
-        address, port = self._connection.host, self._connection.port
-        where, user = self._host.name, self._connection.user
-        known_hosts = self._known_hosts_files()[0]
+        address, port, user, where = at.host, at.port, at.user, self._host.name
+        known_hosts = self._known_hosts_files(at)[0]
         if isinstance(error, paramiko.BadHostKeyException):
             return HostError(
                 f"{address} shows another host key ({_fingerprint(error.key)}) than the known one "
                 f"({_fingerprint(error.expected_key)}); somebody may be in between",
                 where=where,
-                hint=f"ssh-keygen -R '{self._key_name()}' -f {known_hosts}  (only if you know why it changed)",
+                hint=f"ssh-keygen -R '{_key_name(at)}' -f {known_hosts}  (only if you know why it changed)",
             )
         if missed := _missed(error):
             return HostError(f"{address}:{port} {missed}", where=where)
         if isinstance(error, paramiko.AuthenticationException):
-            key = f" with key {self._file(self._host.ssh.key)}" if self._host.ssh.key else ""
+            ours = self._host.ssh.key if at is self._connection else None
+            key = f" with key {self._file(ours)}" if ours else ""
             return HostError(
                 f"{user}@{address} refused the login{key}", where=where, hint=f"ssh-copy-id -p {port} {user}@{address}"
             )
@@ -478,6 +481,13 @@ def _send(channel: paramiko.Channel, *payloads: Payload, ends: bool) -> None:
             payload(channel.sendall) if callable(payload) else channel.sendall(payload)
         if ends:
             channel.shutdown_write()
+
+
+def _key_name(connection: Connection) -> str:
+    """Give the name under which known_hosts lists a host."""
+    if connection.port == paramiko.config.SSH_PORT:
+        return str(connection.host)
+    return f"[{connection.host}]:{connection.port}"
 
 
 def _known_keys(file: Path, name: str) -> list[paramiko.PKey]:

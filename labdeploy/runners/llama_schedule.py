@@ -167,9 +167,10 @@ def _split(nodes: Sequence[Node]) -> list[_Split]:
     copies: dict[tuple[int, int], Node] = {}
     for node in nodes:
         device = _known(node)
-        if not splits or splits[-1].device != device or (splits[-1].copies and _copies_weight(node)):
+        foreign = [source for source in node.sources if source.device != device]
+        if not splits or splits[-1].device != device or (foreign and splits[-1].copies and _has_weight(foreign)):
             splits.append(_Split(device))
-        for source in [source for source in node.sources if source.device != device]:
+        for source in foreign:
             key = (id(source), device)
             if key not in copies:
                 copies[key] = Node("COPY", source.n_bytes, device=device)
@@ -180,8 +181,8 @@ def _split(nodes: Sequence[Node]) -> list[_Split]:
     return splits
 
 
-def _copies_weight(node: Node) -> bool:
-    return any(source.op == "WEIGHT" and source.device != node.device for source in node.sources)
+def _has_weight(nodes: Sequence[Node]) -> bool:
+    return any(node.op == "WEIGHT" for node in nodes)
 
 
 def _known(node: Node) -> int:
@@ -345,9 +346,9 @@ class _Buffer:
             i += 1
         if i < len(self.free) and start + size == self.free[i][0]:
             size += self.free.pop(i)[1]
-        if i and sum(self.free[i - 1]) == start:
-            start, size = self.free[i - 1][0], size + self.free[i - 1][1]
+        if i and self.free[i - 1][0] + self.free[i - 1][1] == start:
             i -= 1
+            start, size = self.free[i][0], size + self.free[i][1]
             self.free.pop(i)
         self.free.insert(i, (start, size))
 
@@ -409,7 +410,7 @@ def _steps(splits: Sequence[_Split]) -> Iterator[tuple[Node, list[Node]]]:
             yield original, [original]
             yield copy, []
         for node in split.nodes:
-            yield node, [*(source.base for source in node.sources), *node.holds]
+            yield node, [source.base for source in node.sources] + list(node.holds)
 
 
 def _count_uses(steps: Sequence[tuple[Node, list[Node]]]) -> None:

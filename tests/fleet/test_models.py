@@ -13,8 +13,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from cutting_relay import CuttingRelay
 from lab import Lab
-from relay import Relay
 
 from labdeploy import sandbox
 
@@ -84,7 +84,7 @@ def test_a_copy_that_is_cut_ten_times_ends_whole(lab: Models) -> None:
     big = lab.file("big.gguf", BIG_BYTES)
     chosen = random.Random()  # noqa: S311 (another place each time; the sum decides)
     cuts = [chosen.randrange(LEAST_CUT_BYTES, BIG_BYTES // N_CUTS) for _ in range(N_CUTS - 1)]
-    with Relay((lab.host.address, lab.host.port), cuts) as relay:
+    with CuttingRelay((lab.host.address, lab.host.port), cuts) as relay:
         lab.through(relay.port)
         argv = [sys.executable, "-m", "labdeploy", "models", "push", lab.host.name, str(big)]
         with subprocess.Popen(argv, cwd=lab.folder, stderr=subprocess.PIPE) as command:
@@ -166,7 +166,7 @@ def test_between_hosts_renamed_backed_up_and_put_back(lab: Models) -> None:
         lab.file(f"s-0000{part}-of-00002.gguf", 400_000, seed=part)
     assert lab.run("models", "push", one, "snap", "--as", "qwen/snap").code == 0
     assert lab.run("models", "push", one, "s-00001-of-00002.gguf").code == 0
-    with Relay((lab.host.address, lab.host.port), [1 << 30, 100_000]) as relay:  # the second one reads a file
+    with CuttingRelay((lab.host.address, lab.host.port), [1 << 30, 100_000]) as relay:  # the second one reads a file
         lab.through(relay.port)
         ended = lab.run("models", "push", two, f"{one}:qwen/snap")
         assert ended.code == 0, ended.err

@@ -7,6 +7,7 @@ import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
+from cutting_relay import CuttingRelay
 from lab import UNIT, Lab
 
 from labdeploy import sandbox
@@ -160,6 +161,23 @@ class TestConnecting:
         assert ended.code == 4
         assert "refused the login" in ended.err
         assert "stranger" in ended.err
+
+    def test_a_jump_host_must_be_known_too(self, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The way that your SSH configuration names is held to the same: its key is not taken unseen."""
+        folder = lab.folder / "home" / ".ssh"
+        folder.mkdir(parents=True)
+        with CuttingRelay((lab.host.address, lab.host.port), []) as relay:
+            (folder / "config").write_text(
+                f"Host way-in\n  HostName 127.0.0.1\n  Port {relay.port}\n  User root\n  IdentityFile {lab.host.key}\n"
+                f"Host {lab.host.address}\n  ProxyJump way-in\n"
+            )
+            monkeypatch.setenv("HOME", str(lab.folder / "home"))
+            ended = lab.push()
+            assert ended.code == 4
+            assert f"hint: ssh-keyscan -p {relay.port} 127.0.0.1 >>" in ended.err
+            known = [line.split(" ", 1)[1] for line in lab.host.known_hosts.read_text().splitlines()]
+            (folder / "known_hosts").write_text("".join(f"[127.0.0.1]:{relay.port} {key}\n" for key in known))
+            assert lab.push().code == 0
 
     def _known_hosts(self, lab: Lab, name: str) -> None:
         lab.extra = {"ssh": lab._host(lab.host, {})["ssh"] | {"known_hosts": f"./{name}"}}
