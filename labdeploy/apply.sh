@@ -391,7 +391,7 @@ preflight_service() { # UNIT: program, model and key are there, its user can rea
     port_free "$1"
     [ -z "$ladder" ] || preflight_version "$1"
     [ -n "$model" ] || return 0
-    [ -e "$model" ] || refuse 2 "$1: model file $model is not there" "scp MODEL {address}:$model"
+    [ -e "$model" ] || refuse 2 "$1: model file $model is not there" "labdeploy models push {host} ./${model##*/}"
     if [ -f "$model" ]; then
         _size=$(stat -Lc %s "$model")
         case $model in
