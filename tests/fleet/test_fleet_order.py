@@ -71,7 +71,8 @@ def test_one_at_a_time_until_too_many_failed(lab: Lab) -> None:
 
 def test_a_canary_that_is_well_lets_the_rest_follow(lab: Lab) -> None:
     """All hosts end on the new generation."""
-    assert push_all(lab, "--canary", "1", "--serial", "2") == (0, ["changed"] * 3, "")
+    code, results, said = push_all(lab, "--canary", "1", "--serial", "2")
+    assert (code, results) == (0, ["changed"] * 3), said
     assert generations(lab) == [1, 1, 1]
 
 
