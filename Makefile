@@ -32,7 +32,7 @@ unit: setup system
 	$(BIN)/python -m pytest tests/unit -n 2
 
 fleet: setup system
-	$(BIN)/python -m pytest tests/fleet -n 2 --ignore tests/fleet/test_vllm.py
+	$(BIN)/python -m pytest tests/fleet -n 2 --ignore tests/fleet/test_vllm.py --durations=20
 
 # A real vLLM through its whole life. Not part of `make test`: 585 MB of wheels at the first run, then 17 minutes on two
 # busy cores (most of it imports, and 50 000 files that come and go).
