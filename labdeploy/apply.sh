@@ -695,8 +695,8 @@ read_models() { # of what will restart, into the page cache: what serves now goe
 
 tidy() { # what was staged and is needed no more; never while `pending` is there
     [ ! -e "$ROOT/pending" ] || return 0
-    rm -rf "$ROOT/undo" "$ROOT/incoming" "$RUN/back"
-    prune_stores
+    rm -rf "$ROOT/undo" "$ROOT/incoming" "$RUN/back" || return 1 # labdeploy-recover tries again
+    prune_stores || return 0
 }
 
 stage() { # the new generation, durable, beside those that are kept

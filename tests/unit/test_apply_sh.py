@@ -107,6 +107,14 @@ def test_facts_of_a_service_are_data(tmp_path: Path):
     assert not marker.exists()
 
 
+@pytest.mark.skipif(not shutil.which("dash"), reason="dash is not installed")
+@pytest.mark.parametrize(("removing", "pruning", "status"), [(0, 0, "0"), (1, 0, "1"), (0, 1, "0")])
+def test_what_could_not_be_tidied_is_tried_again(tmp_path: Path, removing: int, pruning: int, status: str):
+    """Where /etc is read-only labdeploy-recover must know; a store of models that stays is no reason to go on."""
+    stubs = f"rm() {{ return {removing}; }}; prune_stores() {{ return {pruning}; }}; ROOT=$1 RUN=$1"
+    assert with_functions(f"{stubs}; tidy; echo $?", str(tmp_path)).strip() == status
+
+
 def call(*argv: str) -> str:
     """Call one function of the program."""
     return with_functions('"$@"', *argv)
