@@ -122,6 +122,12 @@ class Lab:
         """The first host."""
         return self.hosts[0]
 
+    def host_keys(self) -> list[str]:
+        """Give the keys of the first host alone, each as `TYPE KEY`."""
+        lines = [line.split(" ", 1) for line in self.host.known_hosts.read_text().splitlines()]
+        names = (self.host.address, f"[{self.host.address}]:{self.host.port}")
+        return [key for name, key in lines if name in names]
+
     def on_host(self, *argv: str, check: bool = True) -> str:
         """Run a command as root on the first host, past SSH."""
         return sandbox.run(self.host, *argv, check=check).stdout.strip()

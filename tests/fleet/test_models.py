@@ -55,9 +55,7 @@ class Models(Lab):
     def through(self, port: int) -> None:
         """Reach the first host through a relay on this port from now on."""
         known = self.folder / "relay_known_hosts"
-        lines = (line.split(" ", 1) for line in self.host.known_hosts.read_text().splitlines())
-        key = next(key for names, key in lines if self.host.address in names)
-        known.write_text(f"[127.0.0.1]:{port} {key}\n")
+        known.write_text("".join(f"[127.0.0.1]:{port} {key}\n" for key in self.host_keys()))
         inventory = json.loads(json.dumps({"models": {}, "hosts": {h.name: self._host(h, {}) for h in self.hosts}}))
         entry = inventory["hosts"][self.host.name]
         entry |= {"address": "127.0.0.1", "ssh": entry["ssh"] | {"port": port, "known_hosts": str(known)}}

@@ -48,7 +48,7 @@ class TestOnTheHost:
         ended = lab.push()
         assert ended.code == 2
         assert "/srv/models/gone.gguf is not there" in ended.err
-        assert "hint: scp" in ended.err
+        assert "hint: labdeploy models push" in ended.err
 
     def test_model_is_another_file(self, lab: Lab) -> None:
         """A copy that was cut off is seen by its size, before anything stops."""
@@ -175,8 +175,8 @@ class TestConnecting:
             ended = lab.push()
             assert ended.code == 4
             assert f"hint: ssh-keyscan -p {relay.port} 127.0.0.1 >>" in ended.err
-            known = [line.split(" ", 1)[1] for line in lab.host.known_hosts.read_text().splitlines()]
-            (folder / "known_hosts").write_text("".join(f"[127.0.0.1]:{relay.port} {key}\n" for key in known))
+            here = f"[127.0.0.1]:{relay.port}"
+            (folder / "known_hosts").write_text("".join(f"{here} {key}\n" for key in lab.host_keys()))
             assert lab.push().code == 0
 
     def _known_hosts(self, lab: Lab, name: str) -> None:

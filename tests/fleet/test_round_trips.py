@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from typing import TYPE_CHECKING
 
@@ -34,9 +33,8 @@ class FarLab(Lab):
             inventory = yaml.safe_load(path.read_text())
             inventory["hosts"][self.host.name]["ssh"] |= {"port": self.relay.port, "known_hosts": "known_hosts"}
             path.write_text(yaml.safe_dump(inventory))
-            known = self.host.known_hosts.read_text()
-            here = f"[{self.host.address}]:{self.relay.port} "
-            (self.folder / "known_hosts").write_text(re.sub(r"(?m)^\S+ ", here, known))
+            here = f"[{self.host.address}]:{self.relay.port}"
+            (self.folder / "known_hosts").write_text("".join(f"{here} {key}\n" for key in self.host_keys()))
 
     def n_commands(self) -> int:
         """Count the commands that sshd has started for logins."""
