@@ -226,7 +226,7 @@ class HostConnection:
     def read_on(self, path: str, offset: int, timeout_s: float = ANSWER_S) -> Iterator[bytes]:
         """Read a file on the host from an offset to its end; HostError where the connection breaks before it."""
         command = f"exec tail -c +{offset + 1} {shlex.quote(path)}"
-        with self._channel(_as_root(command), timeout_s) as channel:
+        with self._channel(_as_root(command), timeout_s, None) as channel:
             yield from iter(lambda: channel.recv(1 << 20), b"")
             self._check_end(channel, answered=channel.recv_exit_status() == 0)
 

@@ -77,7 +77,9 @@ def run(
     on_line: OnLine | None = None,
 ) -> list[Line]:
     """Run the host's part and raise what it refused; HostError where the connection broke before its answer."""
-    lines = connection.run(verb, folder, *args, payload=payload, on_line=on_line, timeout_s=SILENCE_S, name=PROGRAM)
+    lines = connection.run(
+        verb, folder, *args, payload=payload, on_line=on_line, timeout_s=SILENCE_S, whole_s=None, name=PROGRAM
+    )
     refused = next((line for line in lines if line.kind == "refused"), None)
     if refused:
         kind = _REFUSALS.get(refused.field(0), LabdeployError)

@@ -296,3 +296,18 @@ def test_restore_asks_for_nothing_that_is_there(lab: Lab):
 def test_sizes_are_written_with_their_unit(n: int, text: str):
     """As inventories write them."""
     assert report_models.size_text(n) == text
+
+
+def test_a_long_copy_is_cut_off_by_silence_alone():
+    """Gigabytes take longer than a question may: only a host that says nothing is given up."""
+    given: dict[str, Any] = {}
+
+    class Host:
+        name = "gpu1"
+
+        def run(self, *_: object, **options: object) -> list[Line]:
+            given.update(options)
+            return [Line("result", ("copied",))]
+
+    model_files.run(Host(), "finish", "/srv/models", "a.gguf")  # type: ignore[arg-type]
+    assert (given["timeout_s"], given["whole_s"]) == (model_files.SILENCE_S, None)
