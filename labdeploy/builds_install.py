@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from labdeploy import builds, lock
 from labdeploy.builds import Build, Facts
 from labdeploy.builds_lock import uv_program, uv_version
-from labdeploy.errors import InventoryError, LabdeployError, LockedError
-from labdeploy.host import HostConnection, Line
+from labdeploy.errors import InventoryError, LabdeployError
+from labdeploy.host import HostConnection, Line, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +28,6 @@ PROGRAM = "builds.sh"
 SILENCE_S = 1800  # 4 GiB of wheels at 20 Mbit/s take half an hour, in which uv says nothing
 CHUNK = 1 << 20
 PACKINGS = {".tar.gz": "gz", ".tgz": "gz", ".tar.zst": "zst", ".tar": "none"}
-_REFUSALS: dict[str, type[LabdeployError]] = {"2": InventoryError, "6": LockedError}
 
 
 @dataclass(frozen=True)
@@ -199,11 +198,8 @@ def _run(
     lines = connection.run(
         verb, *args, payload=payload, on_line=on_line, timeout_s=SILENCE_S, whole_s=None, name=PROGRAM
     )
-    refused = next((line for line in lines if line.kind == "refused"), None)
-    if refused:
-        kind = _REFUSALS.get(refused.field(0), LabdeployError)
-        hint = refused.field(2).replace("{host}", connection.name)
-        raise kind(refused.field(1), where=connection.name, hint=hint)
+    if refused := refusal(lines, connection.name):
+        raise refused
     if verb != "ls" and not any(line.kind == "result" for line in lines):
         said = next(
             (line.field(0) for line in lines if line.kind == "stderr"), "it was cut off; nothing can name it yet"

@@ -19,15 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from labdeploy import __version__
 from labdeploy.errors import (
-    FitError,
     HostError,
-    InventoryError,
     LabdeployError,
-    LockedError,
     NeedsPersonError,
     UnhealthyError,
 )
-from labdeploy.host import HostConnection, Line
+from labdeploy.host import HostConnection, Line, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -50,7 +47,6 @@ _TOLD: dict[str, Result] = {
     "would-change": "would-change",
     "rolled-back": "rolled-back",
 }
-_REFUSALS: dict[str, type[LabdeployError]] = {"2": InventoryError, "3": FitError, "6": LockedError}
 
 
 @dataclass(frozen=True)
@@ -372,10 +368,8 @@ def _error(
 ) -> LabdeployError | None:
     """Turn what went wrong on a host into its error, with what the host did about it."""
     host = job.host
-    if refused := said.get("refused"):
-        kind = _REFUSALS.get(refused.field(0), LabdeployError)
-        hint = refused.field(2).replace("{host}", host.name).replace("{address}", host.address or host.name)
-        return kind(refused.field(1), where=host.name, hint=hint)
+    if refused := refusal(said.values(), host.name, host.address or ""):
+        return refused
     why = failure.field(0) if failure else "the push was cut off"
     service = why.partition(":")[0] if failure and ":" in why else next(iter(job.services), "SERVICE")
     logs = f"labdeploy logs {host.name} {service} -n 50"

@@ -18,12 +18,12 @@ import paramiko
 from fabric import Config, Connection
 from paramiko.hostkeys import HostKeyEntry
 
-from labdeploy.errors import HostError, ModelError
+from labdeploy.errors import FitError, HostError, InventoryError, LabdeployError, LockedError, ModelError
 from labdeploy.facts.answer import printable
 
 if TYPE_CHECKING:
     import http.client
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from typing import Self
 
     Write = Callable[[bytes], object]
@@ -94,16 +94,22 @@ class Line:
         return self.fields[index] if index < len(self.fields) else ""
 
 
+_REFUSALS: dict[str, type[LabdeployError]] = {"2": InventoryError, "3": FitError, "6": LockedError}
+
+
+def refusal(lines: Iterable[Line], name: str, address: str = "") -> LabdeployError | None:
+    """Give the error of what a host's program refused; None where it refused nothing."""
+    refused = next((line for line in lines if line.kind == "refused"), None)
+    if refused is None:
+        return None
+    hint = refused.field(2).replace("{host}", name).replace("{address}", address or name)
+    return _REFUSALS.get(refused.field(0), LabdeployError)(refused.field(1), where=name, hint=hint)
+
+
 @functools.cache
 def program(name: str = "apply.sh") -> bytes:
     """Read a program that runs on hosts."""
     return (Path(__file__).parent / name).read_bytes()
-
-
-@functools.cache
-def ollama_program() -> bytes:
-    """Read the functions that apply.sh calls for Ollama; they go ahead of it."""
-    return (Path(__file__).parent / "ollama.sh").read_bytes()
 
 
 @functools.cache
@@ -170,7 +176,7 @@ class HostConnection:
         connection breaks, sudo wants a password, the host is silent for `timeout_s`, or it is not done in `whole_s`.
         """
         if name == KEPT:
-            text = ollama_program() + program()
+            text = program("ollama.sh") + program()  # functions that apply.sh calls go ahead of it
             asked = {"program": text, "bundle": payload}
             return self._talk(_start_kept(text, verb, *args), (), asked, on_line, timeout_s, whole_s)
         text = program(name)

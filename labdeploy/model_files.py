@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from labdeploy.errors import HostError, InventoryError, LabdeployError, LockedError
+from labdeploy.errors import HostError, InventoryError
+from labdeploy.host import refusal
 from labdeploy.models.files import ModelFile, StoredModel, grouped
 from labdeploy.schema import did_you_mean
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 PROGRAM = "model_files.sh"
 SILENCE_S = 60  # while it reads a file, the host says every 5 s how far it is
-_REFUSALS: dict[str, type[LabdeployError]] = {"2": InventoryError, "6": LockedError}
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,8 @@ def run(
     lines = connection.run(
         verb, folder, *args, payload=payload, on_line=on_line, timeout_s=SILENCE_S, whole_s=None, name=PROGRAM
     )
-    refused = next((line for line in lines if line.kind == "refused"), None)
-    if refused:
-        kind = _REFUSALS.get(refused.field(0), LabdeployError)
-        raise kind(refused.field(1), where=connection.name, hint=refused.field(2).replace("{host}", connection.name))
+    if refused := refusal(lines, connection.name):
+        raise refused
     if verb in ("list", "look") and any(line.kind == "room" for line in lines):
         return lines
     if not any(line.kind == "result" for line in lines):

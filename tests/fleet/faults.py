@@ -578,7 +578,8 @@ def main(program: str, *argv: str) -> int:
     from labdeploy import __main__, deploy  # noqa: PLC0415
 
     text = Path(program).read_bytes()
-    labdeploy.host.program = functools.cache(lambda _name="apply.sh": text)
+    shipped = labdeploy.host.program
+    labdeploy.host.program = functools.cache(lambda name="apply.sh": text if name == "apply.sh" else shipped(name))
     deploy.CONFIRM_S = CONFIRM_S
     (deploy.run_jobs.__kwdefaults__ or {})["watch_s"] = 0
     return __main__.run(list(argv))
