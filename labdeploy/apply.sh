@@ -85,7 +85,7 @@ names_json() { # the services that changed, as the inside of a JSON list
 load_service() { # FOLDER OF A GENERATION, NAME
     unit='' ready='' completions='' models='' body='' n_ctx='' deadline_s=60 bind='' port='' gpu='' served=''
     binary='' model='' model_bytes=0 api_key_file='' devices='' groups='' layers=''
-    folder=$1 ladder='' version='' store='' import='' offload='' first_token_s=''
+    folder=$1 service=$2 ladder='' version='' store='' import='' offload='' first_token_s=''
     while IFS= read -r _line; do
         _value=${_line#*=}
         case ${_line%%=*} in
@@ -391,20 +391,32 @@ preflight_service() { # UNIT: program, model and key are there, its user can rea
     port_free "$1"
     [ -z "$ladder" ] || preflight_version "$1"
     [ -n "$model" ] || return 0
-    [ -e "$model" ] || refuse 2 "$1: model file $model is not there" "labdeploy models push {host} ./${model##*/}"
-    if [ -f "$model" ]; then
-        _size=$(stat -Lc %s "$model")
-        case $model in
-            *-of-[0-9][0-9][0-9][0-9][0-9].gguf) ;; # a split model: the plan counts all parts
-            *) [ "$_size" = "$model_bytes" ] || [ "$model_bytes" = 0 ] ||
-                refuse 2 "$1: $model has $_size bytes, the plan is for $model_bytes" "copy it again, or inspect it again" ;;
-        esac
-    fi
-    ! command -v setpriv >/dev/null || setpriv --reuid 65534 --regid 65534 --clear-groups test -r "$model" ||
-        refuse 2 "$1: $model is not readable for the service's own user" "chmod a+rX on it and the folders above it"
+    preflight_model "$1" "$model" "$model_bytes"
+    while read -r _bytes _path; do preflight_model "$1" "$_path" "$_bytes"; done <<EOF
+$(beside)
+EOF
     [ -z "$api_key_file" ] || [ -s "$api_key_file" ] || refuse 2 "$1: API key file $api_key_file is missing or empty"
     disk_fast_enough "$1"
     [ -z "$store" ] || preflight_store "$1"
+}
+
+beside() { # of the service that is loaded: what it reads beside its model, as `BYTES PATH`
+    sed -n 's/^beside=//p' "$folder/services/$service"
+}
+
+preflight_model() { # NAME PATH BYTES: the file is there, is what the plan is for, and can be read by the service
+    [ -n "$2" ] || return 0
+    [ -e "$2" ] || refuse 2 "$1: model file $2 is not there" "labdeploy models push {host} ./${2##*/}"
+    if [ -f "$2" ]; then
+        _size=$(stat -Lc %s "$2")
+        case $2 in
+            *-of-[0-9][0-9][0-9][0-9][0-9].gguf) ;; # a split model: the plan counts all parts
+            *) [ "$_size" = "$3" ] || [ "$3" = 0 ] ||
+                refuse 2 "$1: $2 has $_size bytes, the plan is for $3" "copy it again, or inspect it again" ;;
+        esac
+    fi
+    ! command -v setpriv >/dev/null || setpriv --reuid 65534 --regid 65534 --clear-groups test -r "$2" ||
+        refuse 2 "$1: $2 is not readable for the service's own user" "chmod a+rX on it and the folders above it"
 }
 
 port_free() { # NAME: nobody else listens where it will; who does is told by ss, which names only root's view
@@ -443,11 +455,11 @@ BREAKDOWN='
 BEGIN { FS = "|"; split(gpus, gpu, " ") }
 $2 ~ /^ *- / {
     gsub(/[=+()]/, " ", $3); split($3, mib, " "); split($2, word, " ")
-    if (word[2] == "Host") print name, "host", mib[2], mib[3], mib[4], "-"
+    if (word[2] == "Host") { print name, "host", mib[2], mib[3], mib[4], "-"; exit } # the next is of a draft model
     else if (word[2] !~ /^CPU/) print name, gpu[++n], mib[4], mib[5], mib[6], mib[2]
 }'
 
-# Its buffers after a start as `NAME DEVICE MODEL CONTEXT COMPUTE`, and `NAME layers ON_GPU`. A context that reserves its
+# Its buffers, without those of models beside it, after a start as `NAME DEVICE MODEL CONTEXT COMPUTE`, and `NAME layers ON_GPU`. A context that reserves its
 # compute buffers anew has given the ones before back.
 BUFFERS='
 function place(buffer) {
@@ -457,6 +469,8 @@ function place(buffer) {
 }
 function add(kind, where, mib) { sum[kind, where] += mib; if (!(where in seen)) { seen[where]; order[++n] = where } }
 BEGIN { split(gpus, gpu, " ") }
+/loading draft model|clip_model_loader/ { beside = 1 }
+beside { next }
 /constructing llama_context/ { context++ }
 /buffer size *=/ {
     for (i = 3; i < NF && !($i == "buffer" && $(i + 1) == "size"); i++);
@@ -679,18 +693,24 @@ read_models() { # of what will restart, into the page cache: what serves now goe
     _room=$(sed -n 's/^MemAvailable: *\([0-9]*\) .*/\1/p' /proc/meminfo)
     for _u in $changed $adopt; do
         load_service "$NEW" "$(service_of "$_u")"
-        _kib=$((model_bytes / 1024))
-        [ -e "$model" ] && [ "$_kib" -gt 0 ] && [ "$_kib" -lt "${_room:-0}" ] || continue # it would push itself out
-        _room=$((_room - _kib))
-        emit step read "$(service_of "$_u")"
-        case $model in
-            *-00001-of-*.gguf)
-                _name=${model##*/}
-                set -- "${model%/*}" -maxdepth 1 -name "${_name%-00001-of-*}-*-of-${_name##*-of-}" ;;
-            *) set -- "$model" ;;
-        esac
-        timeout "$deadline_s" find -L "$@" -type f -exec cat {} + >/dev/null 2>&1
+        while read -r _bytes _path; do read_model "$_path" $((_bytes / 1024)); done <<EOF
+$model_bytes $model
+$(beside)
+EOF
     done
+}
+
+read_model() { # PATH KIB: one that is larger than what is left of the memory would push itself out
+    [ -e "$1" ] && [ "$2" -gt 0 ] && [ "$2" -lt "${_room:-0}" ] || return 0
+    _room=$((_room - $2))
+    emit step read "$service"
+    case $1 in
+        *-00001-of-*.gguf)
+            _name=${1##*/}
+            set -- "${1%/*}" -maxdepth 1 -name "${_name%-00001-of-*}-*-of-${_name##*-of-}" ;;
+        *) set -- "$1" ;;
+    esac
+    timeout "$deadline_s" find -L "$@" -type f -exec cat {} + >/dev/null 2>&1
 }
 
 tidy() { # what was staged and is needed no more; never while `pending` is there

@@ -176,9 +176,8 @@ class HostConnection:
         connection breaks, sudo wants a password, the host is silent for `timeout_s`, or it is not done in `whole_s`.
         """
         if name == KEPT:
-            text = program("ollama.sh") + program()  # functions that apply.sh calls go ahead of it
-            asked = {"program": text, "bundle": payload}
-            return self._talk(_start_kept(text, verb, *args), (), asked, on_line, timeout_s, whole_s)
+            asked = {"program": _kept_program(), "bundle": payload}
+            return self._talk(start_kept(verb, *args), (), asked, on_line, timeout_s, whole_s)
         text = program(name)
         return self._talk(_start(len(text), verb, *args), (text, payload), {}, on_line, timeout_s, whole_s)
 
@@ -543,8 +542,15 @@ def _start(length: int, *words: str) -> str:
     return _as_root(f"set -- {shlex.join(words)}; {start}")
 
 
-def _start_kept(text: bytes, *words: str) -> str:
+@functools.cache
+def _kept_program() -> bytes:
+    """Give what a push leaves on the host: apply.sh, and ahead of it the functions for Ollama that it calls."""
+    return program("ollama.sh") + program(KEPT)
+
+
+def start_kept(*words: str) -> str:
     """Write the command that runs a verb of the program that the host has kept, and asks for it where it is another."""
+    text = _kept_program()
     kept = f'PROGRAM=$(cat {KEPT_AT} 2>/dev/null); [ "$(printf "%s\\n" "$PROGRAM" | sha256sum)" = "{_sum(text)}  -" ]'
     ask = f'{{ printf "want\\tprogram\\n"; PROGRAM=$(head -c {len(text)}); }}'
     return _as_root(f'set -- {shlex.join(words)}; {kept} || {ask}; eval "$PROGRAM"')

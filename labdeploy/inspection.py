@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from labdeploy import sources
 from labdeploy.models import gguf, safetensors
+from labdeploy.models.projector import is_projector, projector
 from labdeploy.models.shape import ModelShape, model_shape
 from labdeploy.runners.llama_memory import LlamaMemorySettings, memory
+from labdeploy.runners.llama_mmproj import compute_bytes
 from labdeploy.runners.vllm_memory import kv_bytes_per_token
 
 if TYPE_CHECKING:
@@ -59,7 +61,9 @@ class Row:
 def inspect(source: str, inventory: Inventory | None) -> Inspection:
     """Read a model's header and say what it costs; ModelError where it is none."""
     model = _read(source, inventory)
-    return _snapshot(source, model) if isinstance(model, safetensors.Snapshot) else _gguf(source, model)
+    if isinstance(model, safetensors.Snapshot):
+        return _snapshot(source, model)
+    return _projector(source, model) if is_projector(model) else _gguf(source, model)
 
 
 def _read(source: str, inventory: Inventory | None) -> gguf.GgufHeader | safetensors.Snapshot:
@@ -157,6 +161,30 @@ def _bar(parts: Sequence[float], most: float) -> str:
     ends = [round(sum(parts[: i + 1]) / most * PLOT_WIDTH) for i in range(len(parts))]
     starts = [0, *ends]
     return "".join(mark * (end - start) for mark, start, end in zip(MARKS, starts, ends, strict=False))
+
+
+# --- projectors -----------------------------------------------------------------------------------------------
+
+
+def _projector(source: str, header: gguf.GgufHeader) -> Inspection:
+    found = projector(header, source)
+    facts = {
+        "arch": header.arch,
+        "projector_type": found.kind,
+        "name": found.name,
+        "n_layer": found.n_layer,
+        "n_embd": found.n_embd,
+        "size_bytes": found.size_bytes,
+        "known": found.is_known,
+    }
+    memory_mib = {"weights": found.weights_bytes / 2**20, "compute": compute_bytes(found, found.n_patches()) / 2**20}
+    memory_mib = {key: round(mib, 2) for key, mib in memory_mib.items()}
+    side = round(found.image_max_pixels**0.5)
+    text = (
+        f"{_heading(source, facts)}\n  memory in MiB, on the device that encodes: {memory_mib['weights']:.0f} weights, "
+        f"{memory_mib['compute']:.0f} scratch\n  for an image of {side}x{side} pixels, the largest it takes at once\n"
+    )
+    return Inspection(sources.lock_entry(header), facts | {"memory_mib": memory_mib}, text)
 
 
 # --- snapshots ------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from labdeploy.schema import (
     Login,
     MapOf,
     Mib,
+    ModelName,
     ModelPath,
     Name,
     OneOf,
@@ -37,6 +38,7 @@ from labdeploy.schema import (
     compose,
     did_you_mean,
     entries,
+    models_named,
     read_record,
     record_schema,
     required,
@@ -100,7 +102,7 @@ class Model:
 class ServiceKeys:
     """One runner serving one model on one host: one systemd unit. Keys that every runner knows."""
 
-    model: str = setting(Name, "a name under models")
+    model: str = setting(ModelName, "a name under models")
     port: int = setting(Port, "TCP port to serve on")
     runner: str = setting(OneOf((*RUNNERS, "auto")), "which program serves; auto decides by purpose", default="auto")
     purpose: Purpose = setting(
@@ -130,6 +132,11 @@ class Service(ServiceKeys):
     settings: Any = None
     part: Part | None = None
     """Which part it is, where the service spans hosts."""
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Every model it needs by the key that names it: the one it serves, then those beside it."""
+        return {"model": self.model, **models_named(self.settings)}
 
 
 @dataclass(frozen=True)
@@ -369,9 +376,9 @@ def _check_services(host_name: str, host: Host, models: Iterable[str], root: yam
     units: dict[str, str] = {}
     for name, service in host.services.items():
         at = f"hosts.{host_name}.services.{name}"
-        if service.model not in models:
-            what = f"{service.model!r} is not under models{did_you_mean(service.model, models)}"
-            _note(root, place, f"{at}.model", what)
+        for key, model in service.models.items():
+            if model not in models:
+                _note(root, place, f"{at}.{key}", f"{model!r} is not under models{did_you_mean(model, models)}")
         for other, bind in taken.get(service.port, []):
             if _overlap(bind, service.bind):
                 _note(root, place, f"{at}.port", f"{service.port} is already the port of {other} on this host")

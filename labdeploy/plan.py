@@ -318,6 +318,7 @@ def _request(host: Host, service: Service, book: ModelBook) -> Request:
     """Join a service with its model, its runner's program and, where the runner is `auto`, the choice of one."""
     model = book.facts(service.model, host.models_dir or "")
     runner, why = choose_runner(service, model)
+    beside = {key: name for key, name in service.models.items() if key != "model"}
     request = Request(
         name=service.name,
         unit=service.unit or "",
@@ -334,6 +335,7 @@ def _request(host: Host, service: Service, book: ModelBook) -> Request:
         build=book.build(host, runner),
         prefer=service.prefer,
         part=service.part,
+        beside={key: book.facts(name, host.models_dir or "") for key, name in beside.items()},
     )
     require_known_flags(request, host.name)
     return request
@@ -456,7 +458,8 @@ def memory_json(device: str, part: Any) -> dict[str, float]:  # noqa: ANN401
     keys = [field.name for field in dataclasses.fields(part)]
     if device != "host":
         keys = [key for key in keys if key not in ("repack_mib", "cache_mib")]
-    return {key: round(getattr(part, key), 2) for key in keys}
+    told = {key: round(getattr(part, key), 2) for key in keys}
+    return {key: mib for key, mib in told.items() if mib or key not in ("mmproj_mib", "draft_mib")}
 
 
 def changes(before: HostPlan, after: HostPlan) -> dict[str, Any]:

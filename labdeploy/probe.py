@@ -59,7 +59,7 @@ def _probe_host(connection: HostConnection, inventory: Inventory, host: Host, lo
 def model_paths(inventory: Inventory, host: Host) -> dict[str, str]:
     """Give the place of each model that a host's services use."""
     models_dir = (host.models_dir or "").rstrip("/")
-    names = dict.fromkeys(service.model for service in host.services.values())
+    names = dict.fromkeys(name for service in host.services.values() for name in service.models.values())
     return {name: f"{models_dir}/{inventory.models[name].path}" for name in names}
 
 

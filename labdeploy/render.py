@@ -102,7 +102,7 @@ def _quoted(text: str) -> str:
 
 def _breakdown(part: Memory) -> str:
     """Say what a service takes on a device."""
-    kinds = ("model", "context", "compute", "overhead", "repack", "cache")
+    kinds = ("model", "context", "compute", "overhead", "repack", "cache", "mmproj", "draft")
     parts = [f"{kind} {getattr(part, kind + '_mib'):.0f}" for kind in kinds if getattr(part, kind + "_mib")]
     return f"{part.total_mib:.0f} = " + " + ".join(parts or ["0"])
 
@@ -135,7 +135,8 @@ def _device_groups(gpus: Iterable[GpuBudget]) -> list[str]:
 
 def _protect_home(service: ServicePlan) -> str:
     """Hide home folders, but for reading where the model or the program lies in one."""
-    paths = (service.model_path, service.argv[0], service.facts.get("store", ""))
+    models = (service.model_path, *(model.path for model in service.beside))
+    paths = (*models, service.argv[0], service.facts.get("store", ""))
     in_home = [p for p in paths if p.startswith(("/home/", "/root/"))]
     return "read-only" if in_home else "yes"
 
@@ -269,7 +270,8 @@ def _service_facts(service: ServicePlan, plan: HostPlan) -> str:
         *(("env", f"{name}={value}") for name, value in service.env.items()),
         *(("proof", w) for w in service.proof),
     ]
-    lines = [*facts.items(), *_device_facts(service, plan), *(proof if service.proof else ())]
+    beside = [("beside", f"{model.size_bytes} {model.path}") for model in service.beside]
+    lines = [*facts.items(), *beside, *_device_facts(service, plan), *(proof if service.proof else ())]
     for key, value in lines:
         if CONTROL.search(str(value)):
             raise LabdeployError(f"{key}={value!r} cannot be a line of facts: it holds a control character")
@@ -284,7 +286,7 @@ def _device_facts(service: ServicePlan, plan: HostPlan) -> Iterator[tuple[str, s
             part.model_mib,
             part.context_mib,
             part.compute_mib,
-            part.overhead_mib + part.repack_mib,
+            part.overhead_mib + part.repack_mib + part.beside_mib,
             part.cache_mib,
         )
         yield "device", " ".join([device, str(usable), *(str(math.ceil(mib)) for mib in figures)])

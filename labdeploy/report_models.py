@@ -69,7 +69,7 @@ def _missing(store: Store, wanted: Mapping[str, str]) -> Iterator[tuple[str, str
 
 def wanted(host: Host, paths: Mapping[str, str]) -> dict[str, str]:
     """Give the services of a host by the path of their model, given the paths of models."""
-    return {paths[service.model]: service.name for service in host.services.values()}
+    return {paths[name]: service.name for service in host.services.values() for name in service.models.values()}
 
 
 def stores_text(stores: Mapping[str, Store | LabdeployError], wanted_by: Mapping[str, Mapping[str, str]]) -> str:

@@ -151,6 +151,7 @@ class Text:
 
 NAME_RULE = "letters, digits, '.', '_' and '-', at most 63, starting with a letter or digit"
 Name = Text("a name", r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", NAME_RULE)
+ModelName = Text("a name under models", r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", NAME_RULE)
 EnvName = Text("an environment variable name", r"[A-Za-z_][A-Za-z0-9_]*")
 Hostname = Text("a host name or IP address", r"[A-Za-z0-9_.:\[\]-]+")
 Login = Text("a login name", r"[A-Za-z_][A-Za-z0-9_.-]*")
@@ -554,6 +555,13 @@ def entries(
 def settings_of(record: type) -> dict[str, dataclasses.Field[Any]]:
     """Give the inventory keys of a dataclass, in order."""
     return {f.name: f for f in dataclasses.fields(record) if "kind" in f.metadata}
+
+
+def models_named(settings: Any) -> dict[str, str]:  # noqa: ANN401
+    """Give the models that settings name, by their keys."""
+    keys = settings_of(type(settings)) if settings is not None else {}
+    named = {key: getattr(settings, key) for key, declared in keys.items() if declared.metadata["kind"] is ModelName}
+    return {key: name for key, name in named.items() if name is not None}
 
 
 def read_record(record: type[T], node: yaml.Node, place: Place) -> T | None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import gguf_maker
+import mmproj_maker
 from gguf_maker import GEMMA3_27B, LLAMA_70B, Q4_K_M, QWEN3_4B, QWEN3_8B, QWEN3_30B, Dense, Model
 
 from labdeploy import inventory
@@ -162,6 +163,7 @@ MAKERS: Mapping[str, Callable[[Path], Path]] = {
     "qwen3-8b": lambda folder: qwen3(QWEN3_8B, "Qwen3 8B").write(folder / "Qwen3-8B-Q4_K_M.gguf"),
     "qwen3-30b": lambda folder: qwen3_30b().write(folder / "Qwen3-30B-A3B-Q4_K_M.gguf"),
     "gemma3-27b": lambda folder: gemma3_27b().write(folder / "gemma-3-27b-it-Q4_K_M.gguf"),
+    "gemma3-27b-mmproj": lambda folder: mmproj_maker.write(folder / "mmproj-gemma-3-27b-it-f16.gguf", "gemma3-27b"),
     "llama3-70b": lambda folder: llama_70b().write(folder / "Llama-3.3-70B-Instruct-Q4_K_M.gguf"),
     "qwen2.5-7b-awq": lambda folder: write_awq(folder / "Qwen2.5-7B-Instruct-AWQ"),
 }

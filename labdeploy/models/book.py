@@ -9,6 +9,7 @@ from labdeploy.errors import InventoryError, LabdeployError
 from labdeploy.facts.machine import Machine, from_lock
 from labdeploy.models import gguf
 from labdeploy.models.model import ModelFacts
+from labdeploy.models.projector import Projector, is_projector, projector
 from labdeploy.models.shape import ModelShape, model_shape
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class ModelBook:
     def __init__(self, inventory: Inventory, lock: Mapping[str, Any]) -> None:
         self._inventory = inventory
         self._lock = lock
-        self._entries: dict[str, ModelShape | Snapshot] = {}
+        self._entries: dict[str, ModelShape | Projector | Snapshot] = {}
         self._machines: dict[str, Machine | None] = {}
 
     def facts(self, name: str, models_dir: str) -> ModelFacts:
@@ -37,9 +38,7 @@ class ModelBook:
             name=name,
             path=f"{models_dir.rstrip('/')}/{self._inventory.models[name].path}",
             size_bytes=known.size_bytes,
-            format="gguf" if isinstance(known, ModelShape) else "safetensors",
-            shape=known if isinstance(known, ModelShape) else None,
-            snapshot=None if isinstance(known, ModelShape) else known,
+            **_told(known),
         )
 
     def machine(self, host: str) -> Machine | None:
@@ -60,21 +59,36 @@ class ModelBook:
             with contextlib.suppress(LabdeployError):
                 yield self.facts(name, models_dir)
 
-    def _load(self, name: str) -> ModelShape | Snapshot:
+    def _load(self, name: str) -> ModelShape | Projector | Snapshot:
         from labdeploy.models import safetensors  # noqa: PLC0415
 
         local = self._inventory.models[name].local
         if local and (path := self._inventory.folder / local).exists():
-            return safetensors.read_snapshot(path) if path.is_dir() else model_shape(gguf.read_header(path), str(path))
+            return safetensors.read_snapshot(path) if path.is_dir() else _described(gguf.read_header(path), str(path))
         if entry := self._lock.get("models", {}).get(name):
             kind = entry.get("format") if isinstance(entry, dict) else None
             if kind == "safetensors":
                 return safetensors.from_lock(entry, f"models.{name}")
             header = {key: value for key, value in entry.items() if key != "format"} if kind else entry
-            return model_shape(gguf.from_lock(header, f"models.{name}"), f"models.{name}")
+            return _described(gguf.from_lock(header, f"models.{name}"), f"models.{name}")
         tried = f"{self._inventory.folder / local} does not exist and " if local else ""
         raise InventoryError(
             f"nothing is known of its shape: {tried}{self._inventory.lock_path.name} has no entry for it",
             where=f"models.{name} ({self._inventory.path})",
             hint=f"labdeploy inspect FILE --add {name}  (a local copy, or HOST:/path of one on a host)",
         )
+
+
+def _described(header: gguf.GgufHeader, where: str) -> ModelShape | Projector:
+    return projector(header, where) if is_projector(header) else model_shape(header, where)
+
+
+def _told(known: ModelShape | Projector | Snapshot) -> dict[str, Any]:
+    """Give what a model's facts say of its kind."""
+    if isinstance(known, Projector):
+        return {"format": "projector", "projector": known}
+    return (
+        {"format": "gguf", "shape": known}
+        if isinstance(known, ModelShape)
+        else {"format": "safetensors", "snapshot": known}
+    )

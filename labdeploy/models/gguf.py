@@ -194,6 +194,14 @@ _ARCH_KEYS = """
     shortconv.l_cache kda.head_dim wkv.head_size token_shift_count logit_scale
 """
 ARCH_KEYS = frozenset(_ARCH_KEYS.split())
+_PROJECTOR_KEYS = """
+    clip.projector_type clip.vision.projector_type clip.audio.projector_type clip.vision.image_size
+    clip.vision.patch_size clip.vision.block_count clip.vision.embedding_length clip.vision.feed_forward_length
+    clip.vision.attention.head_count clip.vision.projector.scale_factor clip.vision.spatial_merge_size
+    clip.vision.image_max_pixels clip.vision.n_wa_pattern clip.audio.block_count clip.audio.embedding_length
+    clip.audio.feed_forward_length clip.audio.attention.head_count
+"""
+PROJECTOR_KEYS = frozenset(_PROJECTOR_KEYS.split())
 VOCABULARY_KEY = "tokenizer.ggml.tokens"
 LENGTH_KEYS = frozenset({VOCABULARY_KEY, "tokenizer.ggml.merges"})
 
@@ -565,7 +573,7 @@ def _dims(shape: Iterable[int]) -> str:
 
 def is_kept(key: str) -> bool:
     """Planning uses this key."""
-    return key in GENERAL_KEYS or key.partition(".")[2] in ARCH_KEYS
+    return key in GENERAL_KEYS or key in PROJECTOR_KEYS or key.partition(".")[2] in ARCH_KEYS
 
 
 # -- lock ----------------------------------------

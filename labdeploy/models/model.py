@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from labdeploy.models.projector import Projector
     from labdeploy.models.safetensors import Snapshot
     from labdeploy.models.shape import ModelShape
 
@@ -18,7 +19,10 @@ class ModelFacts:
     path: str
     size_bytes: int
     format: str
-    shape: ModelShape | None
+    """`gguf`, `safetensors` or `projector`."""
+    shape: ModelShape | None = None
     """Of a GGUF file."""
-    snapshot: Snapshot | None
+    snapshot: Snapshot | None = None
     """Of a Hugging Face snapshot folder."""
+    projector: Projector | None = None
+    """Of a GGUF file that holds an encoder of images or sounds."""

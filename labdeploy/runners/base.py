@@ -55,7 +55,8 @@ class Memory:
     """What one service takes on one device, in MiB; the first three as llama.cpp's memory breakdown names them.
 
     In main memory only: `repack_mib` is a copy of weights in the CPU's own layout (the pages of the file that it was
-    made from can be dropped and are not counted), `cache_mib` what cached prompts may grow to.
+    made from can be dropped and are not counted), `cache_mib` what cached prompts may grow to. `mmproj_mib` and
+    `draft_mib` are all that an encoder of images and a model that drafts take beside the model.
     """
 
     model_mib: float = 0.0
@@ -64,13 +65,19 @@ class Memory:
     overhead_mib: float = 0.0
     repack_mib: float = 0.0
     cache_mib: float = 0.0
+    mmproj_mib: float = 0.0
+    draft_mib: float = 0.0
+
+    @property
+    def beside_mib(self) -> float:
+        """What models beside the one that is served take."""
+        return self.mmproj_mib + self.draft_mib
 
     @property
     def total_mib(self) -> float:
         """All of it."""
-        return (
-            self.model_mib + self.context_mib + self.compute_mib + self.overhead_mib + self.repack_mib + self.cache_mib
-        )
+        fixed = self.model_mib + self.context_mib + self.compute_mib + self.overhead_mib + self.beside_mib
+        return fixed + self.repack_mib + self.cache_mib
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,13 @@ class Request:
     """The program that was probed at `binary`; None where none was."""
     part: Part | None = None
     """Which part of a service that spans hosts this is."""
+    beside: Mapping[str, ModelFacts] = field(default_factory=dict)
+    """Models that it needs beside the one it serves, by the setting that names them."""
+
+    @property
+    def all_bytes(self) -> int:
+        """Bytes of all files that it reads when it starts."""
+        return self.model.size_bytes + sum(model.size_bytes for model in self.beside.values())
 
 
 def require_known_flags(request: Request, host: str) -> None:
@@ -208,6 +222,8 @@ class ServicePlan:
     model_path: str
     """The file or folder it reads on the host; empty where the runner keeps models in a store of its own."""
     model_bytes: int
+    beside: tuple[ModelFacts, ...] = ()
+    """Models that it needs beside that one, each a file."""
     api_key_file: str | None = None
     proof: tuple[str, ...] = ()
     """Command line of a start that only counts its memory and says so, where the runner can; it is ended there."""

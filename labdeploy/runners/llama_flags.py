@@ -101,6 +101,33 @@ def _device(value: str, _known: Flags, _argv: Words) -> Older:
     return Older(("--gpu-layers", "0"), lost="with no layers on a GPU it still takes some of its memory")
 
 
+def _drafting(_value: str, _known: Flags, _argv: Words) -> Older:
+    return Older()  # a drafting model is enough to be told
+
+
+def _draft_flag(*older: str) -> Callable[[str, Flags, Words], Older]:
+    """Say a flag about the drafting model in the spelling of the builds before it."""
+
+    def said(value: str, known: Flags, _argv: Words) -> Older:
+        if flag := next((flag for flag in older if flag in known), None):
+            return Older((flag, value))
+        raise InventoryError("it cannot let another model draft", hint="update llama-server, or no spec_draft_model")
+
+    return said
+
+
+def _mmproj(_value: str, _known: Flags, _argv: Words) -> Older:
+    raise InventoryError("it cannot read images", hint="update llama-server, or no mmproj")
+
+
+def _most_tokens(_value: str, _known: Flags, _argv: Words) -> Older:
+    return Older(lost="an image may become more tokens, and take more memory")
+
+
+def _mmproj_offload(_value: str, _known: Flags, _argv: Words) -> Older:
+    return Older()  # it offloads
+
+
 def _log_verbosity(_value: str, _known: Flags, _argv: Words) -> Older:
     return Older()  # it says what it allocates as it is, and far too much at 4
 
@@ -115,6 +142,13 @@ FEATURES: Mapping[str, Feature] = {
     "--load-mode": Feature(takes_value=True, since="PR #20834, 2026", older=_load_mode),
     "--n-cpu-moe": Feature(takes_value=True, since="PR #15077, August 2025", older=_n_cpu_moe),
     "--log-verbosity": Feature(takes_value=True, since="with --fit", older=_log_verbosity, came_with="--fit"),
+    "--spec-type": Feature(takes_value=True, since="2026", older=_drafting),
+    "--spec-draft-model": Feature(takes_value=True, since="2026", older=_draft_flag("--model-draft")),
+    "--spec-draft-ngl": Feature(takes_value=True, since="2026", older=_draft_flag("--n-gpu-layers-draft", "-ngld")),
+    "--spec-draft-n-max": Feature(takes_value=True, since="2026", older=_draft_flag("--draft-max", "--draft")),
+    "--mmproj": Feature(takes_value=True, since="PR #12898, May 2025", older=_mmproj),
+    "--mmproj-offload": Feature(takes_value=False, since="2026", older=_mmproj_offload),
+    "--image-max-tokens": Feature(takes_value=True, since="PR #16921, November 2025", older=_most_tokens),
     "--device": Feature(takes_value=True, since="PR #10497, November 2024", older=_device),
 }
 

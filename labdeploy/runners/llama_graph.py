@@ -53,7 +53,7 @@ def _laid_out(shape: ModelShape, settings: LlamaMemorySettings, places: Places, 
     layers = tuple(shape.trunk if every_copy_stays else _telling_layers(shape, places))
     alike = tuple(_likeness(layer, places) for layer in layers)
     devices = Devices(settings.n_gpus, reorders=reorders, n_copies=PIPELINE_COPIES if in_pipeline else 1)
-    told = replace(settings, gpu_layers=0, n_cpu_moe=0, tensor_split=(), cache_ram_mib=0, ctx_checkpoints=0)
+    told = replace(settings.alone, gpu_layers=0, n_cpu_moe=0, tensor_split=(), cache_ram_mib=0, ctx_checkpoints=0)
     return _replayed(_Case(shape, told, alike, places.output_device, devices, layers, places))
 
 
@@ -202,7 +202,7 @@ class _Graph:
             self.v_rows[is_swa] = self.input(I64 * self.n_batch * (widest_v if transposed else 1))
             mask = n_cells(layer, self.settings, self.shape.n_swa) * self.n_batch
             self.masks[is_swa] = self.input(mask * (F16 if self.settings.flash_attn else F32))
-        self.outputs = self.input(I32 * self.settings.parallel)
+        self.outputs = self.input(I32 * self.settings.n_outputs)
         for layer in layers:
             x = self._layer(layer, x)
         self._logits(x)
@@ -230,7 +230,7 @@ class _Graph:
     def _logits(self, x: Node) -> None:
         on = self._numbered(self.places.output_device)
         norm, matrix = (Node("WEIGHT", n_bytes, device=on) for n_bytes in (0, self.places.output_matrix_bytes))
-        self.n_tokens = min(self.settings.parallel, self.n_batch)
+        self.n_tokens = min(self.settings.n_outputs, self.n_batch)
         x = self.norm(x, norm, self.shape.n_embd)
         self.each("MUL_MAT", self.shape.n_vocab, matrix, x)
 
@@ -256,8 +256,8 @@ class _Graph:
 
     def _joined(self, layer: LayerShape, a: Node, b: Node) -> Node:
         """Add up a block and the residual stream; the last layer goes on with the tokens that were asked for."""
-        if layer.index == self.shape.n_layer - 1 and self.settings.parallel < self.n_batch:
-            self.n_tokens = self.settings.parallel
+        if layer.index == self.shape.n_layer - 1 and self.settings.n_outputs < self.n_batch:
+            self.n_tokens = self.settings.n_outputs
             a = self.each("GET_ROWS", self.shape.n_embd, a, self.outputs)
             b = self.each("GET_ROWS", self.shape.n_embd, b, self.outputs)
         return self._sum(b, a) if self.shape.arch in RESIDUAL_FIRST else self._sum(a, b)

@@ -10,13 +10,14 @@ n_embd and the like are elements, `_bytes` bytes, `_mib` MiB (2^20 bytes).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from labdeploy.models.shape import total_bytes
 from labdeploy.runners.llama_context import F16, F32, MIB, checkpoint_mib, context_mib, kv_bytes, n_cells, n_ubatch
 from labdeploy.runners.llama_graph import compute_bytes
+from labdeploy.runners.llama_mmproj import image_mib, projector_mib
 from labdeploy.runners.llama_placement import CPU, GpuApi, LlamaMemorySettings, Places, place
 
 if TYPE_CHECKING:
@@ -58,11 +59,18 @@ class DeviceMemory:
     context_mib: float
     compute_mib: float
     overhead_mib: float
+    mmproj_mib: float = 0.0
+    draft_mib: float = 0.0
+
+    @property
+    def beside_layers_mib(self) -> float:
+        """What it takes there wherever its layers are."""
+        return self.compute_mib + self.overhead_mib + self.mmproj_mib + self.draft_mib
 
     @property
     def total_mib(self) -> float:
         """All of it."""
-        return self.model_mib + self.context_mib + self.compute_mib + self.overhead_mib
+        return self.model_mib + self.context_mib + self.beside_layers_mib
 
 
 @dataclass(frozen=True)
@@ -82,12 +90,19 @@ class HostMemory:
     mapped_mib: float
     cache_ram_mib: float
     checkpoints_mib: float
+    mmproj_mib: float = 0.0
+    draft_mib: float = 0.0
 
     @property
     def anonymous_mib(self) -> float:
         """What the kernel cannot drop: everything but the mapped file."""
         start = self.context_mib + self.compute_mib + self.overhead_mib + self.repack_mib
-        return start + self.cache_ram_mib + self.checkpoints_mib
+        return start + self.mmproj_mib + self.draft_mib + self.cache_ram_mib + self.checkpoints_mib
+
+    @property
+    def planned_mib(self) -> float:
+        """What a plan counts: pages of the mapped file that were repacked can be dropped."""
+        return self.anonymous_mib + self.model_mib
 
     @property
     def total_mib(self) -> float:
@@ -109,10 +124,11 @@ def memory(shape: ModelShape, settings: LlamaMemorySettings) -> MemoryByDevice:
     places = place(shape, settings)
     margin = 1.0 if shape.known_arch else UNKNOWN_ARCH_MARGIN
     *on_gpus, on_host = (margin * n_bytes / MIB for n_bytes in compute_bytes(shape, settings, places))
-    return MemoryByDevice(
+    alone = MemoryByDevice(
         gpus=tuple(_gpu(shape, settings, places, gpu, compute_mib) for gpu, compute_mib in enumerate(on_gpus)),
         host=_host(shape, settings, places, on_host),
     )
+    return _with_draft(_with_projector(alone, settings), settings)
 
 
 def _gpu(
@@ -138,6 +154,51 @@ def _host(shape: ModelShape, settings: LlamaMemorySettings, places: Places, comp
         mapped_mib=weights_mib,
         cache_ram_mib=float(max(settings.cache_ram_mib, 0)),
         checkpoints_mib=settings.parallel * settings.ctx_checkpoints * checkpoint_mib(shape, settings),
+    )
+
+
+# -- beside the model ------------------------------------------
+
+
+def _with_projector(alone: MemoryByDevice, settings: LlamaMemorySettings) -> MemoryByDevice:
+    """Add an encoder of images: all of it on the first GPU, or on the host."""
+    if not settings.projector:
+        return alone
+    taken = projector_mib(settings.projector, settings)
+    if settings.n_gpus and settings.mmproj_offload:
+        first = replace(alone.gpus[0], mmproj_mib=taken)
+        host = replace(alone.host, mmproj_mib=image_mib(settings.projector, settings))
+        return MemoryByDevice((first, *alone.gpus[1:]), host)
+    return replace(alone, host=replace(alone.host, mmproj_mib=taken))
+
+
+def _with_draft(alone: MemoryByDevice, settings: LlamaMemorySettings) -> MemoryByDevice:
+    """Add a model that drafts: a second model in the same process, with a context of the same length.
+
+    Its cache is f16 unless asked otherwise, and it keeps no prompts. Its layers are split as the model's are.
+    """
+    if not settings.draft:
+        return alone
+    taken = memory(settings.draft, draft_settings(settings))
+    gpus = tuple(
+        replace(part, draft_mib=own.total_mib - GPU_CONTEXT_MIB)
+        for part, own in zip(alone.gpus, taken.gpus, strict=True)
+    )
+    process = PROCESS_MIB + (GPU_PROCESS_MIB if settings.n_gpus else 0)
+    return MemoryByDevice(gpus, replace(alone.host, draft_mib=taken.host.planned_mib - process))
+
+
+def draft_settings(settings: LlamaMemorySettings) -> LlamaMemorySettings:
+    """Give the settings of the context that drafts, given those of the model's."""
+    return replace(
+        settings.alone,
+        gpu_layers=settings.draft_gpu_layers,
+        n_cpu_moe=0,
+        cache_type_k="f16",
+        cache_type_v="f16",
+        cache_ram_mib=0,
+        ctx_checkpoints=0,
+        draft_tokens=0,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
@@ -13,6 +13,7 @@ from labdeploy.models.shape import total_bytes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from labdeploy.models.projector import Projector
     from labdeploy.models.shape import LayerShape, ModelShape
 
 GpuApi = Literal["cuda", "rocm", "vulkan"]
@@ -24,7 +25,9 @@ class LlamaMemorySettings:
 
     All are resolved: no `auto`, no ctx_size 0. `n_gpus` 0 is --device none; `gpu_api` is what computes on the GPUs. A
     cache_ram_mib of -1 has no limit, so it is not in the sum. `mixed_inputs` says that the build mixes tokens and
-    embeddings in one batch, which takes room in every graph (0.7.0 does, 0.5.0-dev does not).
+    embeddings in one batch, which takes room in every graph (0.7.0 does, 0.5.0-dev does not). `projector` and `draft`
+    are loaded beside the model, and follow it onto GPUs: a draft with `draft_gpu_layers`, a projector unless
+    `mmproj_offload` is False.
     """
 
     ctx_size: int
@@ -46,6 +49,25 @@ class LlamaMemorySettings:
     swa_full: bool = False
     ctx_checkpoints: int = 32
     mixed_inputs: bool = True
+    projector: Projector | None = None
+    mmproj_offload: bool = True
+    image_max_tokens: int | None = None
+    draft: ModelShape | None = None
+    draft_gpu_layers: int = 0
+    draft_tokens: int = 0
+
+    @property
+    def n_outputs(self) -> int:
+        """Tokens of a batch that are followed by logits: of each slot the last one, and those that were drafted.
+
+        Source: server_n_outputs_max (server-context.cpp).
+        """
+        return self.parallel * (1 + self.draft_tokens)
+
+    @property
+    def alone(self) -> LlamaMemorySettings:
+        """The same without what is loaded beside the model."""
+        return replace(self, projector=None, image_max_tokens=None, draft=None, draft_gpu_layers=0)
 
 
 CPU = -1

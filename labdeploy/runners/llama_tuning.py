@@ -98,16 +98,9 @@ def needs(shape: ModelShape, settings: LlamaMemorySettings) -> MemoryByDevice:
     return memory(shape, settings)
 
 
-def ram_mib(taken: MemoryByDevice) -> float:
-    """Add up what a plan counts in main memory: pages of the mapped file that were repacked can be dropped."""
-    host = taken.host
-    held = host.model_mib + host.context_mib + host.compute_mib + host.overhead_mib + host.repack_mib
-    return held + host.cache_ram_mib + host.checkpoints_mib
-
-
 def _over_mib(taken: MemoryByDevice, gpus: tuple[GpuBudget, ...], free_ram_mib: float) -> float:
     """Give by how much the tightest device is too small; negative where all of them have room."""
-    over = ram_mib(taken) - free_ram_mib
+    over = taken.host.planned_mib - free_ram_mib
     return max((over, *(part.total_mib - gpu.free_mib for part, gpu in zip(taken.gpus, gpus, strict=True))))
 
 
@@ -195,7 +188,7 @@ def _costs_at(shape: ModelShape, base: LlamaMemorySettings, ctx_size: int) -> _C
 
 def _plain(settings: LlamaMemorySettings) -> LlamaMemorySettings:
     """Leave out where layers go, which the costs of a layer do not depend on."""
-    return replace(settings, gpu_layers=0, n_cpu_moe=0, n_gpus=1, tensor_split=())
+    return replace(settings.alone, gpu_layers=0, n_cpu_moe=0, n_gpus=1, tensor_split=())
 
 
 # --- splits over several GPUs -------------------------------------------------------------------------------------
@@ -215,7 +208,7 @@ def even_split(
     split = tuple(map(float, (*counts, len(units) - sum(counts))))
     for _ in range(SPLIT_TRIES):
         taken = needs(shape, replace(settings, tensor_split=split))
-        rooms = [g.free_mib - part.compute_mib - part.overhead_mib for g, part in zip(gpus, taken.gpus, strict=True)]
+        rooms = [gpu.free_mib - part.beside_layers_mib for gpu, part in zip(gpus, taken.gpus, strict=True)]
         found = _deal(units, rooms)
         if found == split:
             break
@@ -411,7 +404,7 @@ class _Search:
             layout = self.at(gpus, rank, ctx_size)
             if self.fits(layout):
                 return rank
-            if ram_mib(needs(self.shape, layout.settings)) > self.room.ram_mib:
+            if needs(self.shape, layout.settings).host.planned_mib > self.room.ram_mib:
                 return None  # every rung below needs more RAM
         return None
 
@@ -454,7 +447,7 @@ class _Search:
     def _missing_mib(self, layout: Layout) -> float:
         taken = needs(self.shape, layout.settings)
         over = [part.total_mib - gpu.free_mib for part, gpu in zip(taken.gpus, layout.gpus, strict=True)]
-        return sum(max(0.0, each) for each in (*over, ram_mib(taken) - self.room.ram_mib))
+        return sum(max(0.0, each) for each in (*over, taken.host.planned_mib - self.room.ram_mib))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -48,13 +48,14 @@ class Llama:
     root: Path
     models: Path
 
-    def _argv(self, *argv: str) -> list[str]:
+    def argv(self, *argv: str) -> list[str]:
+        """Return the command line that starts it there."""
         enter = ("unshare", "--mount", "--propagation", "private", "sh", "-c", _ENTER, "sh")
         return [*enter, str(self.root), str(self.models), "llama-server", *argv]
 
     def build(self) -> str:
         """Return its version."""
-        done = subprocess.run(self._argv("--version"), capture_output=True, text=True, check=True, timeout=TIMEOUT_S)
+        done = subprocess.run(self.argv("--version"), capture_output=True, text=True, check=True, timeout=TIMEOUT_S)
         found = _VERSION.search(done.stdout + done.stderr)
         return found[1] if found else "unknown"
 
@@ -63,7 +64,7 @@ class Llama:
         words = ("--model", f"/mnt/{name}", "--host", "/tmp/x.sock", "-lv", "4", *flags(settings))  # noqa: S108
         devices: list[Taken] = []
         seen: list[str] = []
-        with _running(self._argv(*words), settings.n_gpus) as lines:
+        with running(self.argv(*words), settings.n_gpus) as lines:
             for line in lines:
                 seen.append(line)
                 found = _DEVICE.search(line) if "breakdown" in line else None
@@ -75,7 +76,7 @@ class Llama:
 
 
 @contextmanager
-def _running(argv: list[str], n_gpus: int) -> Iterator[Iterator[str]]:
+def running(argv: list[str], n_gpus: int) -> Iterator[Iterator[str]]:
     """Run it with as many software GPUs as asked for: llama.cpp takes a device twice when it is named twice."""
     env = os.environ | {"GGML_VK_VISIBLE_DEVICES": ",".join(["0"] * n_gpus)}
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent))
+import mmproj
 import truth
 
 if TYPE_CHECKING:
@@ -67,6 +68,15 @@ MiB as said / as planned, the GPU first where there is one.
 |---|---|---|---|---|---|
 {examples}
 
+## Encoders of images
+
+What `mmproj:` takes beside a model, on the CPU: weights, which are exact, and the compute buffer for the first image,
+MiB as said / as planned. A plan counts the largest image, which for those that take any size is larger than this one.
+
+| projector | flags | weights | image | compute |
+|---|---|---|---|---|
+{projectors}
+
 ## What this does not show
 
 - Real GPUs. The GPUs here are llvmpipe, a software device of Vulkan, one or two of them. It takes no tensor larger than
@@ -117,7 +127,16 @@ def text(rows: Sequence[truth.Row]) -> str:
         models="\n".join(f"| {n} | {shapes[n].arch} | {counts[n]} | {summary(f)} |" for n, f in by_model.items()),
         kinds="\n".join(f"| {kind} | {summary(found)} |" for kind, found in by_kind.items()),
         examples="\n".join(examples(rows)),
+        projectors="\n".join(map(encoder, mmproj.load())),
     )
+
+
+def encoder(row: mmproj.Row) -> str:
+    """Return the line on one projector."""
+    weights_mib = row.projector.weights_bytes / mmproj.MIB
+    compute = f"{row.compute_mib:.1f} / {row.planned_compute_mib:.1f}"
+    flags, side = " ".join(row.flags), int(row.side)
+    return f"| {row.name} | {flags} | {row.weights_mib:.1f} / {weights_mib:.1f} | {side}x{side} | {compute} |"
 
 
 def verdict(rows: Sequence[truth.Row]) -> str:

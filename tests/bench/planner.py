@@ -2,6 +2,7 @@
 
     python tests/bench/planner.py            measure everything again, then write the truth file, the page and the plot
     python tests/bench/planner.py MODEL...   measure some models and print where the plan misses the bars
+    python tests/bench/planner.py --mmproj   measure projectors alone
     python tests/bench/planner.py --page     write the page and the plot from the truth file
 
 Needs root for the sandbox's sid root, which has the llama-server that is asked. Files have the published shapes, full
@@ -22,6 +23,7 @@ from labdeploy import sandbox_root
 
 sys.path.insert(0, str(Path(__file__).parent))
 import cases
+import mmproj
 import page
 import truth
 from llama import Llama
@@ -38,8 +40,12 @@ def main(words: Sequence[str]) -> int:
         return judge(truth.load(), write_from=truth.load())
     with tempfile.TemporaryDirectory() as folder:
         llama = Llama(sandbox_root.ensure_root("sid", say), Path(folder))
+        if list(words) == ["--mmproj"]:
+            mmproj.save(mmproj.measured(llama), llama.build())
+            return judge(truth.load(), write_from=truth.load())
         rows = [row for model in words or cases.MODELS for row in measured(llama, model)]
         if not words:
+            mmproj.save(mmproj.measured(llama), llama.build())
             truth.FILE.write_text(truth.saved(rows, llama.build()))
     return judge(rows, write_from=None if words else rows)
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 # Of each fleet: hosts, rounds, and the tools that take part; each round runs each tool once, in turn.
 FAST = ("labdeploy", "bare paramiko", "OpenSSH", "pyinfra")
 SIZES = ((1, 15, push_page.TOOLS), (50, 3, push_page.TOOLS), (50, 7, FAST[:3]), (200, 5, FAST[:3]))
+HANGS_S = 300  # no tool takes so long; one that asks for what it is not given would wait for ever
 QUICK_SIZES = ((1, 2, push_page.TOOLS), (20, 1, FAST))
 
 
@@ -106,7 +107,8 @@ def one_run(name: str, n: int, round_: int, argvs: Mapping[str, Sequence[str]]) 
     """Run one tool as a process of its own."""
     with tempfile.NamedTemporaryFile("r") as took, tempfile.TemporaryFile() as said:
         launch = [sys.executable, "-I", "-S", str(Path(__file__).with_name("push_launch.py")), took.name]
-        ended = subprocess.run([*launch, *argvs[name]], check=False, stdout=said, stderr=said, stdin=subprocess.DEVNULL)
+        argv = [*launch, *argvs[name]]
+        ended = subprocess.run(argv, check=False, stdout=said, stderr=said, stdin=subprocess.DEVNULL, timeout=HANGS_S)
         said.seek(0)
         if ended.returncode:
             raise SystemExit(f"{name} on {n} hosts failed:\n{said.read().decode()[-2000:]}")

@@ -105,7 +105,7 @@ def _labdeploy_command(fleet: Fleet) -> str:
     if first is None:
         raise SystemExit("labdeploy remembers no push: run it once before")
     words = ("push", "20260101T000000Z-000000", first.content_hash, "bench@bench", "0", "30", "-")
-    return hosts._start_kept(hosts.program(), *words)
+    return hosts.start_kept(*words)
 
 
 def _job(fleet: Fleet, command: str) -> dict[str, object]:

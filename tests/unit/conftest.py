@@ -32,6 +32,7 @@ models:
   qwen3-8b: {path: Qwen3-8B-Q4_K_M.gguf}
   qwen3-30b: {path: Qwen3-30B-A3B-Q4_K_M.gguf}
   gemma3-27b: {path: gemma-3-27b-it-Q4_K_M.gguf}
+  gemma3-27b-mmproj: {path: mmproj-gemma-3-27b-it-f16.gguf}
   llama3-70b: {path: Llama-3.3-70B-Instruct-Q4_K_M.gguf}
   qwen2.5-7b-awq: {path: Qwen2.5-7B-Instruct-AWQ}
 """
