@@ -179,18 +179,57 @@ refuse_drift() {
 
 push() { # ID HASH BY WATCH_S CONFIRM_S OPTIONS; the bundle follows on stdin once it is asked for
     ID=$1 HASH=$2 BY=$3 OPTIONS=$6
-    locked
-    FROM=$(generation current) _g=$FROM
-    if [ -e "$ROOT/gen/$_g/SHA256SUMS" ] && [ ! -e "$ROOT/pending" ]; then
-        _hash=$(sha256sum <"$ROOT/gen/$_g/SHA256SUMS")
-        if [ "${_hash%% *}" = "$HASH" ] && [ -z "$(drift)" ] && [ -z "$(stale_stores "$ROOT/gen/$_g")" ] &&
-            ! unit_states "$_g" | grep -qv ' active enabled$'; then
-            emit result unchanged "$(number "$_g")"
-            exit 0
-        fi
+    if nothing_to_do; then
+        emit result unchanged "$(number "$FROM")"
+        exit 0
     fi
+    locked
+    FROM=$(generation current)
     emit want bundle
     run_txn push "$@"
+}
+
+# All of a push that finds nothing to do, which is most of them: one hash of everything and one question to systemd; the
+# rest is builtins, for each process costs a millisecond, and some ask many hosts that are one machine.
+nothing_to_do() { # sets FROM; what is installed is HASH, unchanged by hand, active and enabled, and nobody is at it
+    [ ! -e "$ROOT/pending" ] && cd -P "$ROOT/current" 2>/dev/null || return 1
+    FROM=${PWD##*/}
+    cd /
+    [ -e "$ROOT/gen/$FROM/SHA256SUMS" ] || return 1
+    set -- "$ROOT/gen/$FROM/SHA256SUMS"
+    _units='' _sums="$HASH "
+    while read -r _sum _file; do
+        case $_file in systemd/*) ;; *) continue ;; esac
+        _u=${_file#*/}
+        [ ! -d "$UNITS/$_u.d" ] || return 1
+        set -- "$@" "$UNITS/$_u"
+        _units="$_units $_u" _sums="$_sums$_sum "
+    done <"$1"
+    _found=''
+    while read -r _sum _; do _found="$_found$_sum "; done <<EOF
+$(sha256sum "$@" 2>/dev/null)
+EOF
+    [ "$_found" = "$_sums" ] && [ -z "$(stale_stores "$ROOT/gen/$FROM")" ] && run_undisturbed $_units
+}
+
+run_undisturbed() { # UNIT...: all are active and enabled, and no transaction runs
+    _n=0
+    while IFS= read -r _line; do
+        case $_line in
+            Id=*) _id=${_line#*=} ;;
+            ActiveState=*) _a=${_line#*=} ;;
+            UnitFileState=*) _e=${_line#*=} ;;
+            '') case $_id:$_a:$_e in
+                "$TXN_UNIT":inactive:* | "$TXN_UNIT":failed:*) ;;
+                "$TXN_UNIT":*) return 1 ;;
+                *:active:enabled) _n=$((_n + 1)) ;;
+            esac ;;
+        esac
+    done <<EOF
+$(systemctl show -p Id,ActiveState,UnitFileState "$TXN_UNIT" "$@" 2>/dev/null)
+
+EOF
+    [ "$_n" = $# ]
 }
 
 rollback() { # ID GENERATION BY WATCH_S CONFIRM_S OPTIONS; GENERATION `previous` is the one before the last switch
@@ -218,7 +257,7 @@ UNSETTLED="[ ! -e $ROOT/pending -a ! -e $ROOT/undo -a ! -e $ROOT/incoming ] || e
 
 run_txn() { # VERB ID TARGET BY WATCH_S CONFIRM_S OPTIONS: the transaction as a service that outlives this connection
     command -v curl >/dev/null || refuse 2 "curl is not installed here" "apt-get install curl  (or your system's like)"
-    _size=$(printf '%s\n' "$PROGRAM" | wc -c)
+    _size=$(program | wc -c)
     _n=0 # the unit of a push that has ended stays loaded for a moment more, and its name with it
     while [ "$(systemctl show -p LoadState --value "$TXN_UNIT")" = loaded ] && [ $((_n += 1)) -le 100 ]; do
         locked
@@ -226,7 +265,7 @@ run_txn() { # VERB ID TARGET BY WATCH_S CONFIRM_S OPTIONS: the transaction as a 
     done
     # The program goes in ahead of the bundle; nothing is left behind by a connection that is cut before systemd has it.
     exec 3>&1
-    _said=$({ printf '%s\n' "$PROGRAM" && cat; } 2>/dev/null | systemd-run --quiet --collect --pipe --wait \
+    _said=$({ program && cat; } 2>/dev/null | systemd-run --quiet --collect --pipe --wait \
         --service-type=exec --unit="$TXN_UNIT" --description="$1 $2 by $4" \
         -p RuntimeDirectory="${TXN#/run/}" -p RuntimeDirectoryMode=0700 \
         -p RuntimeMaxSec=7200 -p TimeoutStopSec=3600 \
@@ -751,9 +790,7 @@ durable() { # DIR: fsync every file below it, then every folder
 sync_units() { find "$UNITS" -maxdepth 1 -type d -exec sync {} +; } # and the folders of links that enable units
 
 install_program() { # this program, and the unit that runs it at boot and wherever settle could not do its work
-    put "$ROOT/bin/labdeploy-host" <<EOF || refuse 1 "cannot write $ROOT/bin"
-$PROGRAM
-EOF
+    program | put "$ROOT/bin/labdeploy-host" || refuse 1 "cannot write $ROOT/bin"
     put "$UNITS/$RECOVER_UNIT" <<EOF || refuse 1 "cannot write $UNITS"
 [Unit]
 Description=Finish or undo a labdeploy push that was cut off
@@ -1259,5 +1296,8 @@ waiting() { # ID
     esac
 }
 
-PROGRAM=${PROGRAM-$(cat "$0")}
+program() { # prints this program: the text that was sent, the file that was opened, or the one that runs
+    if [ -n "${PROGRAM-}" ]; then printf '%s\n' "$PROGRAM"; else cat "${PROGRAM_AT:-$0}"; fi
+}
+
 "$@"

@@ -201,7 +201,7 @@ def rollback(options: Options, hosts: tuple[str, ...], to: int | None, overwrite
 
     With hosts: each to the generation it had before, or to the one named by --to. Uses only what is on the hosts.
     """
-    from labdeploy import deploy, spans  # noqa: PLC0415
+    from labdeploy import companions, deploy, spans  # noqa: PLC0415
 
     if to is not None and not hosts:
         raise click.UsageError("--to needs the hosts it is for: generations are numbered per host")
@@ -210,7 +210,7 @@ def rollback(options: Options, hosts: tuple[str, ...], to: int | None, overwrite
         targets = {host.name: "previous" if to is None else str(to) for host in selected}
     else:
         targets = _last_push(options, selected)
-    targets, pairs = spans.taken_along(targets, functools.partial(_histories, options))
+    targets, pairs = companions.taken_along(targets, functools.partial(_histories, options))
     _tell_companions(targets.keys() - {host.name for host in selected})
     push_id, groups = deploy.new_push_id(), spans.together(targets, pairs)
     jobs = [
@@ -223,12 +223,13 @@ def rollback(options: Options, hosts: tuple[str, ...], to: int | None, overwrite
 
 def _pushes(options: Options, hosts: Sequence[str]) -> tuple[Sequence[Push], Callable[[], Mapping[str, Generation]]]:
     """Give what to push, and a function that gives the files; where nothing has changed since, none are made yet."""
-    from labdeploy import spans  # noqa: PLC0415
     from labdeploy.remembered import Memory, push_of  # noqa: PLC0415
 
     memory = Memory(options.path, hosts)
     if remembered := memory.recall():
         return remembered, _once(lambda: _generations(options, _plans(options, hosts)))
+    from labdeploy import spans  # noqa: PLC0415
+
     plans = _plans(options, _with_companions(options, hosts))
     generations = _generations(options, plans)
     groups = spans.together(generations, spans.edges(p.host for p in plans))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import labdeploy.lean  # noqa: F401  # isort: skip (goes before the two that it makes lean)
 import paramiko
 from fabric import Config, Connection
 from paramiko.hostkeys import HostKeyEntry
@@ -532,7 +533,8 @@ def _fingerprint(key: paramiko.PKey) -> str:
 
 def _as_root(command: str) -> str:
     """Write a command for the host's login shell, whichever it is: as root, through sudo where need be."""
-    inner = f'[ "$(id -u)" = 0 ] || S="sudo -n"; exec ${{S-}} /bin/sh -c {shlex.quote(command)}'
+    root = '[ -O / ] || [ "$(id -u)" = 0 ]'  # the first one is no process more, and nearly always enough
+    inner = f'C={shlex.quote(command)}; if {root}; then eval "$C"; else exec sudo -n /bin/sh -c "$C"; fi'
     return f"exec /bin/sh -c {shlex.quote(inner)}"
 
 
@@ -549,11 +551,15 @@ def _kept_program() -> bytes:
 
 
 def start_kept(*words: str) -> str:
-    """Write the command that runs a verb of the program that the host has kept, and asks for it where it is another."""
+    """Write the command that runs a verb of the program that the host has kept, and asks for it where it is another.
+
+    The file is opened once: whoever replaces it meanwhile does so by a rename, and what was hashed is what runs.
+    """
     text = _kept_program()
-    kept = f'PROGRAM=$(cat {KEPT_AT} 2>/dev/null); [ "$(printf "%s\\n" "$PROGRAM" | sha256sum)" = "{_sum(text)}  -" ]'
-    ask = f'{{ printf "want\\tprogram\\n"; PROGRAM=$(head -c {len(text)}); }}'
-    return _as_root(f'set -- {shlex.join(words)}; {kept} || {ask}; eval "$PROGRAM"')
+    kept = f'[ -r {KEPT_AT} ] && exec 4<{KEPT_AT} && [ "$(sha256sum <&4)" = "{_sum(text)}  -" ]'
+    run = "PROGRAM_AT=/proc/self/fd/4; . /proc/self/fd/4"
+    ask = f'printf "want\\tprogram\\n"; PROGRAM=$(head -c {len(text)}); eval "$PROGRAM"'
+    return _as_root(f"set -- {shlex.join(words)}; if {kept}; then {run}; else {ask}; fi")
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from labdeploy import spans
+from labdeploy import agreement
 from labdeploy.errors import FitError, InventoryError
 from labdeploy.machines import completed, differences
 from labdeploy.runners import RUNNERS
@@ -69,10 +69,10 @@ def plan_hosts(hosts: Iterable[Host], book: ModelBook) -> list[HostPlan]:
     """Plan hosts. What spans several is planned on each alone, then once more with what all of them can."""
     hosts = list(hosts)
     plans = [plan_host(host, book) for host in hosts]
-    if agreed := dict(spans.disagreements(plans)):
-        again = (plan_host(spans.with_settings(host, agreed), book) for host in hosts)
-        plans = [spans.with_reasons(plan, agreed) for plan in again]
-    return spans.with_ids(plans)
+    if agreed := dict(agreement.disagreements(plans)):
+        again = (plan_host(agreement.with_settings(host, agreed), book) for host in hosts)
+        plans = [agreement.with_reasons(plan, agreed) for plan in again]
+    return agreement.with_ids(plans)
 
 
 def plan_host(host: Host, book: ModelBook) -> HostPlan:

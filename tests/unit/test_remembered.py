@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from conftest import Lab
 
-NOT_NEEDED = ("jinja2", "labdeploy.plan", "labdeploy.render", "labdeploy.inventory", "rich", "http.client")
+NOT_NEEDED = ("jinja2", "labdeploy.plan", "labdeploy.render", "labdeploy.inventory", "labdeploy.runners", "rich")
+NOT_NEEDED += ("http.client", "unittest.mock", "asyncio")
 
 
 @pytest.fixture(autouse=True)
@@ -148,3 +149,18 @@ def test_a_second_push_imports_no_planner(ready: Lab):
 
     assert set(NOT_NEEDED[:4]) <= imported()
     assert not set(NOT_NEEDED) & imported()
+
+
+@pytest.mark.parametrize("wants", ["Mock", "AsyncMock"])
+def test_invoke_is_whole_whatever_it_wants_of_mocks(wants: str):
+    """An invoke that wants more than our stand-in has is imported as it is; nobody else gets the stand-in."""
+    code = (
+        "import sys, types, labdeploy.lean as lean\n"
+        "for name in [n for n in sys.modules if n.startswith('invoke')]: del sys.modules[name]\n"
+        f"module = types.ModuleType(lean.MOCK); module.{wants} = object\n"
+        "lean._stand_in = lambda: module\n"
+        "lean.import_invoke()\n"
+        "import fabric, invoke, unittest.mock\n"
+        "assert unittest.mock.patch and invoke.Context and fabric.Connection\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=TOP)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from snapshot_maker import write_snapshot
 
-from labdeploy import deploy, plan, render, report, spans
+from labdeploy import companions, deploy, plan, render, report, spans
 from labdeploy.deploy import Job, Outcome
 from labdeploy.errors import HostError, InventoryError, LabdeployError, UnhealthyError
 from labdeploy.fleet import History, HostState, ServiceState, Switch
@@ -481,7 +481,7 @@ def history(*marks: SpanMark | None, current: int = 0) -> History:
 
 def taken(targets: dict[str, str], **known: History | LabdeployError) -> tuple[dict[str, str], list[tuple[str, str]]]:
     """Find who goes along."""
-    return spans.taken_along(targets, lambda names: {name: known[name] for name in names})
+    return companions.taken_along(targets, lambda names: {name: known[name] for name in names})
 
 
 def test_the_other_host_goes_to_the_generation_with_the_same_span():
