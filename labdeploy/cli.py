@@ -141,6 +141,15 @@ def _write_tree(folder: Path, generation: Generation) -> None:
         target.write_bytes(data)
 
 
+wait_option = click.option(
+    "--wait",
+    type=click.IntRange(0, 86_400),
+    default=0,
+    metavar="SECONDS",
+    help="Wait so long for a host that another push holds, instead of failing at once.",
+)
+
+
 # --- push and rollback --------------------------------------------------------------------------------------------
 
 
@@ -154,6 +163,7 @@ def _write_tree(folder: Path, generation: Generation) -> None:
 @click.option("--overwrite-drift", is_flag=True, help="Replace files that were changed on a host by hand.")
 @click.option("--adopt", is_flag=True, help="Take over units of the same name that labdeploy did not write.")
 @click.option("--watch", type=click.IntRange(0, 3600), default=None, help="Seconds a service must stay up.")
+@wait_option
 @reporting
 def push(
     options: Options,
@@ -166,6 +176,7 @@ def push(
     overwrite_drift: bool,
     adopt: bool,
     watch: int | None,
+    wait: int,
 ) -> int:
     """Deploy, verify, switch, check health; where that fails the old generation comes back."""
     from labdeploy import deploy  # noqa: PLC0415
@@ -187,6 +198,7 @@ def push(
             name for name, on in {"dry-run": dry_run, "overwrite-drift": overwrite_drift, "adopt": adopt}.items() if on
         ],
         watch_s=deploy.WATCH_S if watch is None else watch,
+        wait_s=wait,
         generations=generations,
     )
 
@@ -195,8 +207,9 @@ def push(
 @hosts_argument
 @click.option("--to", type=click.IntRange(0), default=None, help="The generation to go back (or forward) to.")
 @click.option("--overwrite-drift", is_flag=True, help="Replace files that were changed on a host by hand.")
+@wait_option
 @reporting
-def rollback(options: Options, hosts: tuple[str, ...], to: int | None, overwrite_drift: bool) -> int:
+def rollback(options: Options, hosts: tuple[str, ...], to: int | None, overwrite_drift: bool, wait: int) -> int:
     """Go back: without a host, undo the last push on every host it changed.
 
     With hosts: each to the generation it had before, or to the one named by --to. Uses only what is on the hosts.
@@ -218,7 +231,7 @@ def rollback(options: Options, hosts: tuple[str, ...], to: int | None, overwrite
         for name, host in options.inventory.hosts.items()
         if name in targets
     ]
-    return _run(options, jobs, push_id, flags=["overwrite-drift"] if overwrite_drift else [])
+    return _run(options, jobs, push_id, wait_s=wait, flags=["overwrite-drift"] if overwrite_drift else [])
 
 
 def _pushes(options: Options, hosts: Sequence[str]) -> tuple[Sequence[Push], Callable[[], Mapping[str, Generation]]]:
@@ -306,6 +319,7 @@ def _run(
     order: Any = None,  # noqa: ANN401
     flags: Sequence[str] = (),
     watch_s: int | None = None,
+    wait_s: int = 0,
     generations: Callable[[], Mapping[str, Generation]] = dict,
 ) -> int:
     """Do the jobs with live progress, print the recap, give the exit code."""
@@ -320,6 +334,7 @@ def _run(
             order=order or deploy.Order(),
             options=flags,
             watch_s=deploy.WATCH_S if watch_s is None else watch_s,
+            wait_s=wait_s,
             on_line=progress.line,
             on_outcome=progress.done,
             stop=progress.stop,

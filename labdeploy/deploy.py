@@ -21,6 +21,7 @@ from labdeploy import __version__
 from labdeploy.errors import (
     HostError,
     LabdeployError,
+    LockedError,
     NeedsPersonError,
     UnhealthyError,
 )
@@ -40,6 +41,7 @@ WORKERS = 128  # hosts that are talked to at once; all logging in, they take 0.6
 WATCH_S = 6  # a service that crashes five seconds after its first answer is still caught
 CONFIRM_S = 30  # the host waits this long for the second connection before it goes back
 DENIED = "another host of its span failed"
+LOCK_POLL_S = 2.0  # a held host is asked again; each time is a login and one systemctl call there
 SLACK_S = 120  # beyond all deadlines of its services, a host that says nothing is given up
 _TOLD: dict[str, Result] = {
     "changed": "changed",
@@ -181,16 +183,28 @@ def run_jobs(
     order: Order = Order(),
     options: Sequence[str] = (),
     watch_s: int = WATCH_S,
+    wait_s: int = 0,
     on_line: Callable[[str, Line], None] = lambda _host, _line: None,
     on_outcome: Callable[[Outcome], None] = lambda _outcome: None,
     stop: Stop | None = None,
 ) -> list[Outcome]:
-    """Do the jobs host by host in parallel, batch after batch; every host gets an outcome, in the jobs' order."""
+    """Do the jobs host by host in parallel, batch after batch; every host gets an outcome, in the jobs' order.
+
+    A host that another push holds is asked again until it is free, for `wait_s`, counted for each host.
+    """
     stop = stop or Stop()
     outcomes: dict[str, Outcome] = {}
 
     def run_one(job: Job, *more: str, span: Span | None = None) -> Outcome:
-        return run_job(job, folder, push_id, ",".join((*options, *more)) or "-", watch_s, on_line, span)
+        until = time.monotonic() + wait_s
+        while True:
+            told = ",".join((*options, *more)) or "-"
+            outcome = run_job(job, folder, push_id, told, watch_s, on_line, span)
+            left_s = until - time.monotonic()
+            if not isinstance(outcome.error, LockedError) or left_s <= 0 or stop.is_set():
+                return outcome
+            on_line(job.host.name, Line("step", ("locked", outcome.error.what)))
+            stop.wait(min(LOCK_POLL_S, left_s))
 
     def run_group(group: Sequence[Job]) -> list[Outcome]:
         if stop.is_set():
@@ -427,7 +441,11 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
         "error": str(outcome.error) if outcome.error else None,
         "hint": outcome.error.hint if outcome.error else None,
         "services": {
-            name: {"action": service.action, "downtime_s": service.downtime_s}
+            name: {
+                "action": service.action,
+                "downtime_s": service.downtime_s,
+                "first_token_s": service.first_token_s,
+            }
             for name, service in outcome.services.items()
         },
     }

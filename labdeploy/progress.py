@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 HEARTBEAT_S = 10  # a step that says nothing for longer looks like a hang
 
 _STEPS = {
+    "locked": "waiting: {}",
     "receive": "sending",
     "verify": "checking files, room and units",
     "prove": "counting the memory of {}",

@@ -276,6 +276,10 @@ def test_a_second_push_meets_the_lock(lab: Lab) -> None:
         assert second.code == 6, second.err
         assert "another push holds it" in second.err
         assert "by " in second.err
+        waited = lab.push("--wait", "60", "-v", watch_s=0)
+        assert waited.code == 0, waited.err
+        assert "waiting: another push holds it" in waited.err
+        assert first.poll() is not None, "it did not wait"
     finally:
         out, _ = first.communicate(timeout=60)
     assert first.returncode == 0, out

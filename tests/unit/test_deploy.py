@@ -172,7 +172,7 @@ def test_the_report_as_json():
     last = document["hosts"]["gpu1"]
     assert (last["result"], last["generation"], last["seconds"]) == ("rolled-back", 6, 3.14)
     assert last["error"].startswith("gpu1: chat: ")
-    assert last["services"]["chat"] == {"action": "restarted", "downtime_s": 2.1}
+    assert last["services"]["chat"] == {"action": "restarted", "downtime_s": 2.1, "first_token_s": None}
 
 
 # --- in which order -----------------------------------------------------------------------------------------------
@@ -373,3 +373,39 @@ def test_history_as_json_and_text():
     assert text[1].split()[:2] == ["gpu1", "2"]
     assert text[2].split()[:2] == ["gpu1", "*1"]
     assert "nothing was pushed yet" in report.history_text({"new": History(0, 0, {}, ())})
+
+
+def locked(times: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let a host be held for so many tries; give a list that grows with each."""
+    tries: list[str] = []
+
+    def answer(each: deploy.Job, *_: object) -> deploy.Outcome:
+        tries.append(each.host.name)
+        held = len(tries) <= times
+        error = LockedError("another push holds it: push X by me@there", where=each.host.name) if held else None
+        return deploy.Outcome(each.host.name, "failed" if held else "changed", error=error)
+
+    monkeypatch.setattr(deploy, "run_job", answer)
+    monkeypatch.setattr(deploy, "LOCK_POLL_S", 0.01)
+    return tries
+
+
+@pytest.mark.parametrize(("wait_s", "result", "n"), [(0, "failed", 1), (60, "changed", 4)])
+def test_a_held_host_is_waited_for(monkeypatch: pytest.MonkeyPatch, wait_s: int, result: str, n: int):
+    """As long as asked for, and it is told who holds it; not at all unless asked."""
+    tries, told = locked(3, monkeypatch), []
+    (ended,) = deploy.run_jobs([job()], Path(), "id", wait_s=wait_s, on_line=lambda _, line: told.append(line))
+    assert (ended.result, len(tries)) == (result, n)
+    assert told == [Line("step", ("locked", "another push holds it: push X by me@there"))] * (n - 1)
+
+
+def test_waiting_ends_in_time_and_on_ctrl_c(monkeypatch: pytest.MonkeyPatch):
+    """With what the host said."""
+    tries = locked(10_000, monkeypatch)
+    monkeypatch.setattr(deploy, "LOCK_POLL_S", 0.4)
+    (late,) = deploy.run_jobs([job()], Path(), "id", wait_s=1)
+    assert isinstance(late.error, LockedError)
+    assert 3 <= len(tries) <= 4
+    stop = deploy.Stop()
+    (stopped,) = deploy.run_jobs([job()], Path(), "id", wait_s=60, stop=stop, on_line=lambda *_: stop.set())
+    assert isinstance(stopped.error, LockedError)
