@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from labdeploy.deploy import Outcome
+    from labdeploy.fleet import History
     from labdeploy.generation import Generation
-    from labdeploy.inventory import Host, Inventory
+    from labdeploy.inventory import Inventory
     from labdeploy.plan import HostPlan
     from labdeploy.remembered import Push
 
@@ -218,12 +219,12 @@ def rollback(options: Options, hosts: tuple[str, ...], to: int | None, overwrite
 
     if to is not None and not hosts:
         raise click.UsageError("--to needs the hosts it is for: generations are numbered per host")
-    selected = options.inventory.select(hosts)
+    selected, ask_each = options.inventory.select(hosts), _histories(options)
     if hosts:
         targets = {host.name: "previous" if to is None else str(to) for host in selected}
     else:
-        targets = _last_push(options, selected)
-    targets, pairs = companions.taken_along(targets, functools.partial(_histories, options))
+        targets = _last_push(options, ask_each(host.name for host in selected))
+    targets, pairs = companions.taken_along(targets, ask_each)
     _tell_companions(targets.keys() - {host.name for host in selected})
     push_id, groups = deploy.new_push_id(), spans.together(targets, pairs)
     jobs = [
@@ -284,18 +285,25 @@ def _tell_companions(names: Iterable[str]) -> None:
         click.echo(f"{name}: goes along, for it serves something together with the hosts that were named", err=True)
 
 
-def _histories(options: Options, names: Iterable[str]) -> dict[str, Any]:
+def _histories(options: Options) -> Callable[[Iterable[str]], dict[str, History | LabdeployError]]:
+    """Give a function that asks hosts for their histories, each once."""
     from labdeploy import fleet  # noqa: PLC0415
 
-    hosts = [options.inventory.host(name) for name in names]
-    return fleet.ask_all(hosts, options.inventory.folder, fleet.history)
+    known: dict[str, History | LabdeployError] = {}
+
+    def ask_each(names: Iterable[str]) -> dict[str, History | LabdeployError]:
+        wanted = list(names)
+        hosts = [options.inventory.host(name) for name in wanted if name not in known]
+        known.update(fleet.ask_all(hosts, options.inventory.folder, fleet.history))
+        return {name: known[name] for name in wanted}
+
+    return ask_each
 
 
-def _last_push(options: Options, hosts: Sequence[Host]) -> dict[str, str]:
+def _last_push(options: Options, answers: Mapping[str, History | LabdeployError]) -> dict[str, str]:
     """Find the hosts that the last push changed, and what each had before; ask before touching them."""
     from labdeploy import fleet  # noqa: PLC0415
 
-    answers = fleet.ask_all(hosts, options.inventory.folder, fleet.history)
     switches = {h: a.last_switch for h, a in answers.items() if isinstance(a, fleet.History) and a.last_switch}
     errors = [a for a in answers.values() if isinstance(a, LabdeployError)]
     if errors and not switches:
