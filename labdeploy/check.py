@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime as dt
 import http.client
 import json
 import secrets
 import statistics
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from labdeploy.baselines import MAX_TOKENS, Baselines
 from labdeploy.errors import LabdeployError
 from labdeploy.runners.base import reachable
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from labdeploy.host import HostConnection
-    from labdeploy.inventory import Service
+    from labdeploy.inventory import Inventory, Service
 
 SAMPLES = 5  # after one warm-up; p95 of so few is their maximum
-MAX_TOKENS = 24
 TIMEOUT_S = 120.0
 
 
@@ -39,6 +43,15 @@ class Report:
     healthy: bool
     samples: tuple[Sample, ...] = ()
     error: str | None = None
+    baseline_ttft_ms: float | None = None
+    """Its median time to first token when it was first checked; None where this is that time."""
+    regressed: str = ""
+    """In what it got slower since then."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it does not answer, or slower than it did."""
+        return not self.healthy or bool(self.regressed)
 
     @property
     def ttft_p50_ms(self) -> float | None:
@@ -52,10 +65,45 @@ class Report:
         return times[min(len(times) - 1, int(len(times) * 0.95))] if times else None
 
     @property
+    def best_ttft_ms(self) -> float | None:
+        """The shortest time to first token."""
+        return min((sample.ttft_ms for sample in self.samples), default=None)
+
+    @property
     def decode_tokens_per_s(self) -> float | None:
         """Median speed after the first token."""
-        speeds = [(s.tokens - 1) / s.decode_s for s in self.samples if s.tokens > 1 and s.decode_s > 0]
-        return statistics.median(speeds) if speeds else None
+        return statistics.median(self._speeds) if self._speeds else None
+
+    @property
+    def best_tokens_per_s(self) -> float | None:
+        """The highest speed after the first token."""
+        return max(self._speeds, default=None)
+
+    @property
+    def _speeds(self) -> list[float]:
+        return [(s.tokens - 1) / s.decode_s for s in self.samples if s.tokens > 1 and s.decode_s > 0]
+
+
+def against_baselines(answers: Mapping[str, Any], inventory: Inventory, *, anew: bool) -> dict[str, Any]:
+    """Lay what hosts answered beside their baselines; what has none, or shall have a new one, gets this for one."""
+    kept, today = Baselines(inventory.path), f"{dt.datetime.now(dt.UTC):%Y-%m-%d}"
+
+    def compared(host: str, name: str, found: Report) -> Report:
+        model = inventory.host(host).services[name].model
+        before = None if anew else kept.of(host, name, model)
+        if before is None:
+            kept.take(host, name, model, found, today)
+            return found
+        return dataclasses.replace(found, baseline_ttft_ms=before.ttft_p50_ms, regressed=before.worse(found))
+
+    laid = {
+        host: {name: compared(host, name, found) for name, found in answer.items()}
+        if isinstance(answer, dict)
+        else answer
+        for host, answer in answers.items()
+    }
+    kept.keep()
+    return laid
 
 
 def check_service(connection: HostConnection, service: Service, *, samples: int = SAMPLES) -> Report:

@@ -421,9 +421,13 @@ def diff(options: Options, hosts: tuple[str, ...], exit_code: bool) -> int:
 @cli.command()
 @hosts_argument
 @click.option("--samples", type=click.IntRange(1, 1000), default=5, show_default=True, help="Completions to time.")
+@click.option("--set-baseline", is_flag=True, help="Compare later checks with this one.")
 @reporting
-def check(options: Options, hosts: tuple[str, ...], samples: int) -> int:
-    """Ask every service for a few tokens: alive, ready, time to first token at this machine."""
+def check(options: Options, hosts: tuple[str, ...], samples: int, set_baseline: bool) -> int:
+    """Ask every service for a few tokens: alive, ready, time to first token at this machine.
+
+    The first check of a service with its model is its baseline; one that got twice as slow since then fails.
+    """
     from labdeploy import check, report  # noqa: PLC0415
 
     inventory = options.inventory
@@ -434,16 +438,19 @@ def check(options: Options, hosts: tuple[str, ...], samples: int) -> int:
         return {n: check.check_service(connection, s, samples=samples) for n, s in answering.items()}
 
     answers, code = ask(options, hosts, question)
+    answers = check.against_baselines(answers, inventory, anew=set_baseline)
     if options.json:
         print_json({"hosts": {h: report.check_json(a) for h, a in answers.items()}})
     else:
         click.echo(report.check_text(answers), nl=False)
-    ill = [(h, n, r) for h, a in answers.items() if isinstance(a, dict) for n, r in a.items() if not r.healthy]
-    tell_all(
-        [f"{host}: {name}: {result.error}" for host, name, result in ill],
-        f"labdeploy logs {ill[0][0]} {ill[0][1]} -n 50" if ill else "",
-    )
-    return max(code, CheckError.exit_code if ill else 0)
+    found = [(h, n, r) for h, a in answers.items() if isinstance(a, dict) for n, r in a.items()]
+    ill = [(host, name) for host, name, result in found if not result.healthy]
+    slow = [host for host, _, result in found if result.regressed]
+    told = [f"{host}: {name}: {r.error or f'got slower: {r.regressed}'}" for host, name, r in found if r.failed]
+    hint = f"labdeploy logs {ill[0][0]} {ill[0][1]} -n 50" if ill else ""
+    accept = f"labdeploy check {slow[0]} --set-baseline  (if it shall be so from now on)" if slow else ""
+    tell_all(told, hint or accept)
+    return max(code, CheckError.exit_code if told else 0)
 
 
 @cli.command()

@@ -6,7 +6,6 @@ host is reached, and everything it depends on. Files are never kept: what a host
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -16,12 +15,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from labdeploy import kept
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from labdeploy.inventory import Host, Inventory
 
-KEPT = 64  # inventories and choices of hosts that are remembered; one of 200 hosts takes 60 kB
 RENDERERS = ("jinja2", "yaml")  # packages of others that have a say in what a rendered file looks like
 
 Stamp = tuple[int, ...] | None
@@ -64,17 +64,16 @@ class Memory:
 
     def __init__(self, inventory: Path, words: Sequence[str]) -> None:
         self._inventory = inventory.absolute()
-        name = hashlib.sha256(json.dumps([str(self._inventory), *words]).encode()).hexdigest()
-        self._file = folder() / f"{name[:32]}.json"
+        self._file = kept.file("pushes", "XDG_CACHE_HOME", ".cache", inventory, words)
         self._inputs = _inputs(self._inventory)
 
     def recall(self) -> list[Push] | None:
         """Give what was kept if all that it depends on is as it was; else None."""
         try:
-            kept = json.loads(self._file.read_bytes())
-            if kept["inputs"] != self._inputs or any(_stamp(Path(p)) != _stamp_of(s) for p, s in kept["models"]):
+            known = json.loads(self._file.read_bytes())
+            if known["inputs"] != self._inputs or any(_stamp(Path(p)) != _stamp_of(s) for p, s in known["models"]):
                 return None
-            return [_push(each) for each in kept["pushes"]]
+            return [_push(each) for each in known["pushes"]]
         except (OSError, ValueError, TypeError, KeyError):  # of an older labdeploy, or cut off: it is written anew
             return None
 
@@ -83,23 +82,13 @@ class Memory:
         if _inputs(self._inventory) != self._inputs:
             return
         models = [(str(path), _stamp(path)) for path in _model_files(inventory)]
-        text = json.dumps({"inputs": self._inputs, "models": models, "pushes": [asdict(each) for each in pushes]})
-        with contextlib.suppress(OSError):
-            self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            aside = self._file.with_name(f"{self._file.name}.{os.getpid()}")
-            aside.write_text(text)
-            aside.rename(self._file)
-            _forget_the_oldest(self._file.parent)
+        text = {"inputs": self._inputs, "models": models, "pushes": [asdict(each) for each in pushes]}
+        kept.keep(self._file, json.dumps(text))
 
 
-def folder() -> Path:
-    """Where it is kept; it may be deleted at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "labdeploy" / "pushes"
-
-
-def _push(kept: dict[str, Any]) -> Push:
-    lists = {name: tuple(kept[name]) for name in ("services", "together")}
-    return Push(**{**kept, "ssh": Login(**kept["ssh"]), **lists})
+def _push(known: dict[str, Any]) -> Push:
+    lists = {name: tuple(known[name]) for name in ("services", "together")}
+    return Push(**{**known, "ssh": Login(**known["ssh"]), **lists})
 
 
 def _inputs(inventory: Path) -> str:
@@ -149,11 +138,5 @@ def _stamp(path: Path) -> Stamp:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
-def _stamp_of(kept: list[int] | None) -> Stamp:
-    return None if kept is None else tuple(kept)
-
-
-def _forget_the_oldest(kept_in: Path) -> None:
-    found = sorted(kept_in.glob("*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    for path in found[KEPT:]:
-        path.unlink(missing_ok=True)
+def _stamp_of(known: list[int] | None) -> Stamp:
+    return None if known is None else tuple(known)

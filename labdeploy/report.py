@@ -461,7 +461,8 @@ def _check_json(found: Report) -> dict[str, Any]:
         "error": found.error,
         "ttft_ms": {"p50": _rounded(found.ttft_p50_ms), "p95": _rounded(found.ttft_p95_ms)},
         "decode_tokens_per_s": _rounded(found.decode_tokens_per_s),
-        "regressed": False,
+        "baseline_ttft_ms": _rounded(found.baseline_ttft_ms),
+        "regressed": bool(found.regressed),
     }
 
 
@@ -474,13 +475,14 @@ def check_text(answers: Mapping[str, Any]) -> str:
     rows: list[Sequence[object]] = []
     for host, reports in answers.items():
         if isinstance(reports, LabdeployError):
-            rows.append((host, "-", "unreachable", "-", "-", "-"))
+            rows.append((host, "-", "unreachable", "-", "-", "-", "-"))
             continue
         for name, found in reports.items():
-            figures = (found.ttft_p50_ms, found.ttft_p95_ms, found.decode_tokens_per_s)
+            figures = (found.ttft_p50_ms, found.ttft_p95_ms, found.baseline_ttft_ms, found.decode_tokens_per_s)
             shown = ["-" if figure is None else f"{figure:.1f}" for figure in figures]
-            rows.append((host, name, "healthy" if found.healthy else "NOT HEALTHY", *shown))
-    return table(("HOST", "SERVICE", "HEALTH", "TTFT MS P50", "P95", "TOKENS/S"), rows)
+            health = ("SLOWER" if found.regressed else "healthy") if found.healthy else "NOT HEALTHY"
+            rows.append((host, name, health, *shown))
+    return table(("HOST", "SERVICE", "HEALTH", "TTFT MS P50", "P95", "BASELINE", "TOKENS/S"), rows)
 
 
 def builds_json(answers: Mapping[str, Sequence[Build]], lock: Mapping[str, Any]) -> dict[str, Any]:

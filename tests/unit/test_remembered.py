@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from conftest import TOP
 
+from labdeploy import kept as kept_files
 from labdeploy import remembered
 from labdeploy.remembered import Memory, Push, push_of
 
@@ -110,10 +111,10 @@ def test_an_input_that_changes_meanwhile_is_not_kept(ready: Lab):
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"inputs": 1}', "\x00"])
-def test_a_file_that_cannot_be_read_is_no_memory(ready: Lab, text: str):
+def test_a_file_that_cannot_be_read_is_no_memory(ready: Lab, tmp_path: Path, text: str):
     """Cut off, or of an older labdeploy: everything is planned as if it were not there."""
     kept(ready)
-    (file,) = remembered.folder().iterdir()
+    (file,) = (tmp_path / "cache" / "labdeploy" / "pushes").iterdir()
     file.write_text(text)
     assert Memory(ready.path, []).recall() is None
 
@@ -126,12 +127,12 @@ def test_a_folder_that_cannot_be_written_costs_only_time(ready: Lab, monkeypatch
     assert Memory(ready.path, []).recall() is None
 
 
-def test_only_the_latest_are_kept(ready: Lab, monkeypatch: pytest.MonkeyPatch):
+def test_only_the_latest_are_kept(ready: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The folder does not grow without end."""
-    monkeypatch.setattr(remembered, "KEPT", 3)
+    monkeypatch.setattr(kept_files, "MOST", 3)
     for i in range(6):
         kept(ready, f"h{i}")
-    assert len(list(remembered.folder().iterdir())) == 3
+    assert len(list((tmp_path / "cache" / "labdeploy" / "pushes").iterdir())) == 3
     assert Memory(ready.path, ["h5"]).recall()
 
 
