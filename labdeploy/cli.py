@@ -434,8 +434,7 @@ def check(options: Options, hosts: tuple[str, ...], samples: int, set_baseline: 
 
     def question(connection: Any) -> dict[str, Any]:  # noqa: ANN401
         services = inventory.host(connection.name).services
-        answering = {n: s for n, s in services.items() if s.part is None or s.part.rank == 0}
-        return {n: check.check_service(connection, s, samples=samples) for n, s in answering.items()}
+        return {n: check.check_service(connection, s, samples=samples) for n, s in services.items() if s.answers}
 
     answers, code = ask(options, hosts, question)
     answers = check.against_baselines(answers, inventory, anew=set_baseline)

@@ -134,6 +134,11 @@ class Service(ServiceKeys):
     """Which part it is, where the service spans hosts."""
 
     @property
+    def answers(self) -> bool:
+        """Whether it answers requests on this host: of one that spans hosts only the head does."""
+        return self.part is None or self.part.rank == 0
+
+    @property
     def models(self) -> dict[str, str]:
         """Every model it needs by the key that names it: the one it serves, then those beside it."""
         return {"model": self.model, **models_named(self.settings)}

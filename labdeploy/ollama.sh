@@ -38,7 +38,9 @@ preflight_version() { # NAME: is the program that will start the one that was pl
 preflight_store() { # NAME: can the model get into its store?
     ! store_whole || return 0
     case $import in
-        link) [ "$(stat -Lc %d "$model")" = "$(stat -c %d "${store%/.ollama/*}")" ] || refuse_link "$1" "two file systems" ;;
+        link) # of two folders: on an overlay a file may show the device of its layer
+            _file=$(readlink -f "$model")
+            [ "$(stat -c %d "${_file%/*}/")" = "$(stat -c %d "${store%/.ollama/*}/")" ] || refuse_link "$1" "two file systems" ;;
         copy) room "${store%/.ollama/*}" $((model_bytes / 1024 + SPACE_KIB)) ;;
     esac
 }
@@ -101,11 +103,7 @@ prune_stores() { # those that neither what runs nor the next rollback needs
     _kept=$(for _g in current good previous; do stores_in "$ROOT/$_g"; done)
     for _s in $(ls "$ROOT/stores"); do
         _store=$(readlink "$ROOT/stores/$_s")
-        case "
-$_kept
-" in *"
-$_store
-"*) continue ;; esac
+        ! printf '%s\n' "$_kept" | grep -qxF -e "$_store" || continue
         rm -rf "$_store.new" "$_store/.labdeploy/users/$(cat /etc/machine-id)"
         rmdir "$_store/.labdeploy/users" 2>/dev/null # another host may serve from it
         [ -d "$_store/.labdeploy/users" ] || rm -rf "$_store"

@@ -4,7 +4,8 @@ The program that is sent to a host is the one in labdeploy/apply.sh with a call 
 the functions that change something. A point does nothing until /var/tmp/fault on the host names it. So new code gets
 new points by itself, and the shipped program has no hooks for tests.
 
-`python faults.py PROGRAM ARGUMENT...` is the labdeploy command with that program in the place of its own.
+`python faults.py PROGRAM ARGUMENT...` is the labdeploy command with that program in the place of its own, and with
+what lies beside it for Ollama.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ CONFIRM_S = 2
 KEEP = 3
 DEADLINE_S = 20  # a service's time to start; a tiny model needs less than one second
 SETTLED_S = 60  # within which a host must be whole again, whatever happened
-APPLY = Path(sys.modules["labdeploy"].__file__ or "").parent / "apply.sh"
+SHIPPED = Path(sys.modules["labdeploy"].__file__ or "").parent
 LOOKING = {  # functions that only look, or run outside of a transaction; all others have points
     *("emit", "one_line", "generation", "number", "units_in", "units_of", "service_of", "generations", "centiseconds"),
     *("seconds_since", "refuse", "names_json", "load_service", "show", "directives", "drift", "unit_states", "option"),
@@ -49,6 +50,9 @@ LOOKING = {  # functions that only look, or run outside of a transaction; all ot
     *("gpu_in_use", "unhealthy", "state", "history", "files", "confirm", "would", "fail", "intent", "load_pending"),
     *("not_running", "drifted_units", "compare_units", "locked", "refuse_drift", "touched_since", "preflight_service"),
     *("pids_of", "as_nobody", "facts_for_proof", "held", "deny", "waiting", "denied"),
+    *("identity", "stores_in", "store_whole", "stale_stores", "preflight_version", "preflight_store", "refuse_link"),
+    *("version_suits", "sum_of", "ladder_ollama", "rung_version", "rung_loaded", "rung_placed", "rung_token"),
+    *("model_digest",),
 }
 _CHANGING = "mv|rm|sync|cp|ln|mkdir|durable|place|put|turn|close|prune|systemctl|take_away|bring_home|uninstall"
 POINT = r"""
@@ -148,13 +152,15 @@ def _between(line: str, number: int, point: Any) -> str:  # noqa: ANN401
     return re.sub(rf"(&&|\bdo) ({_CHANGING})\b", put, line)
 
 
-def program_for_tests() -> Program:
-    """Give the program with points, and with shorter waits and fewer kept generations."""
-    made = instrument(APPLY.read_text(encoding="utf-8"))
-    text = re.sub(r"\nKEEP=\d+", f"\nKEEP={KEEP}", made.text)
+def write_program(folder: Path) -> Path:
+    """Write the program with points, and with shorter waits and fewer kept generations, and give its main file."""
+    for name in ("ollama.sh", "apply.sh"):
+        (folder / name).write_text(instrument((SHIPPED / name).read_text(encoding="utf-8")).text)
+    text = re.sub(r"\nKEEP=\d+", f"\nKEEP={KEEP}", (folder / "apply.sh").read_text())
     text = text.replace("deadline_s) deadline_s=$_value", f"deadline_s) deadline_s={DEADLINE_S}")
     assert text.count(f"deadline_s={DEADLINE_S}") == 1
-    return Program(text, made.points)
+    (folder / "apply.sh").write_text(text)
+    return folder / "apply.sh"
 
 
 # --- looking at the service from outside -----------------------------------------------------------------------------
@@ -577,9 +583,9 @@ def main(program: str, *argv: str) -> int:
     import labdeploy.host  # noqa: PLC0415
     from labdeploy import __main__, deploy  # noqa: PLC0415
 
-    text = Path(program).read_bytes()
-    shipped = labdeploy.host.program
-    labdeploy.host.program = functools.cache(lambda name="apply.sh": text if name == "apply.sh" else shipped(name))
+    made, shipped = Path(program), labdeploy.host.program
+    texts = {file.name: file.read_bytes() for file in (made, made.with_name("ollama.sh"))}
+    labdeploy.host.program = functools.cache(lambda name="apply.sh": texts.get(name) or shipped(name))
     deploy.CONFIRM_S = CONFIRM_S
     (deploy.run_jobs.__kwdefaults__ or {})["watch_s"] = 0
     return __main__.run(list(argv))

@@ -43,9 +43,7 @@ SILENT_S = faults.DEADLINE_S - 5  # more says that something waited for what can
 @pytest.fixture(scope="session")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the file with the program that has points."""
-    file = tmp_path_factory.mktemp("program") / "apply.sh"
-    file.write_text(faults.program_for_tests().text)
-    return file
+    return faults.write_program(tmp_path_factory.mktemp("program"))
 
 
 @pytest.fixture(scope="session")

@@ -39,8 +39,9 @@ def counted(host: SandboxHost) -> dict[str, int]:
 
 def test_many_pushes(fresh_host: SandboxHost, tiny_model: Path, tmp_path: Path) -> None:
     """Generations are pruned to the limit, and no file, unit, link, timer, cgroup, mount or process is left over."""
-    program = tmp_path / "program"
-    program.write_text(faults.program_for_tests().text)
+    folder = tmp_path / "program"
+    folder.mkdir()
+    program = faults.write_program(folder)
     victim = Victim(Lab(tmp_path, [fresh_host], tiny_model), program)
     chance = random.Random(SEED)  # noqa: S311
     print("seed", SEED)  # noqa: T201

@@ -52,8 +52,9 @@ def pull_the_plug(host: SandboxHost) -> None:
 @pytest.fixture
 def victim(make_host: Callable[[str], SandboxHost], tiny_model: Path, tmp_path: Path) -> Iterator[Victim]:
     """Return a host on a disk of its own, with two confirmed generations that were written back."""
-    program = tmp_path / "program"
-    program.write_text(faults.program_for_tests().text)
+    folder = tmp_path / "program"
+    folder.mkdir()
+    program = faults.write_program(folder)
     host = faults.on_small_disk(make_host("sid"))
     found = Victim(Lab(tmp_path, [host], tiny_model), program)
     for _ in range(2):
