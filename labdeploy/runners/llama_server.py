@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from labdeploy.errors import InventoryError
+from labdeploy.runners import llama_beside as beside
 from labdeploy.runners.base import (
     Budget,
     Choice,
@@ -30,6 +31,7 @@ from labdeploy.runners.base import (
     start_timeout_s,
     too_much,
 )
+from labdeploy.runners.llama_beside import Models, models_of
 from labdeploy.runners.llama_flags import spoken
 from labdeploy.runners.llama_memory import LlamaMemorySettings
 from labdeploy.runners.llama_tuning import CTX_STEP, LEAST_CTX, Layout, Room, Wish, choose, fits, needs, sets_to_try
@@ -38,7 +40,6 @@ from labdeploy.schema import Bool, Int, ListOf, Mib, ModelName, Number, OneOf, S
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from labdeploy.models.projector import Projector
     from labdeploy.models.shape import ModelShape
     from labdeploy.runners.base import Prefer
 
@@ -47,9 +48,6 @@ KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_
 BASE_START_S = 60  # program start, warm-up and a busy machine, before any byte of the model is read
 GPU_START_S = 120  # more, for a first start: drivers compile shaders (31 s of two cores for Mesa's software Vulkan)
 LOG_VERBOSITY = 4  # at its default of 3, 0.7.0 does not say which layers and buffers went where
-MOST_IMAGE_TOKENS = 4096  # of the encoders that take images of any size, the most that one of them allows
-VOCABULARIES_DIFFER = 128  # more than that llama.cpp does not take for the same vocabulary (common/speculative.cpp)
-DRAFT_TOKENS = 3  # llama-server's own --spec-draft-n-max
 STOP_S = 20  # with a request in flight a graceful stop waits for its client; measured on 0.7.0
 
 
@@ -151,15 +149,6 @@ OWNED_FLAGS = {
 
 
 @dataclass(frozen=True)
-class _Models:
-    """What one llama-server loads: the model it serves, and what it needs beside that."""
-
-    shape: ModelShape
-    projector: Projector | None = None
-    draft: ModelShape | None = None
-
-
-@dataclass(frozen=True)
 class _Tuning:
     """What was chosen for a service: its layout, each setting with its reason, and what it takes by device."""
 
@@ -193,7 +182,7 @@ class LlamaServer:
 
     def plan(self, request: Request, budget: Budget) -> ServicePlan:
         """Choose every setting that matters; what the inventory says always wins and is still checked."""
-        models = _models(request)
+        models = models_of(request)
         shape, prefer = models.shape, request.prefer or "speed"
         tuning = _tune(request.settings, prefer, models, budget)
         settings = {**_that_matter(request, tuning, shape), **_thread_choices(request.settings, budget)}
@@ -237,37 +226,11 @@ class LlamaServer:
 RUNNER = LlamaServer()
 
 
-def _models(request: Request) -> _Models:
-    """Give the models of a service, each of the kind that its key wants."""
-    encoder, drafts = request.beside.get("mmproj"), request.beside.get("spec_draft_model")
-    if encoder and not encoder.projector:
-        what = f"mmproj: {encoder.name} is no encoder of images or sounds, but a model"
-        raise InventoryError(what, hint="name its mmproj file; most are published beside the model")
-    if drafts and not drafts.shape:
-        raise InventoryError(
-            f"spec_draft_model: {drafts.name} is no GGUF model", hint="name a small model of its family"
-        )
-    return _Models(_shape(request), encoder.projector if encoder else None, drafts.shape if drafts else None)
-
-
-def _shape(request: Request) -> ModelShape:
-    model = request.model
-    if model.projector:
-        what = f"model {model.name} is an encoder of images or sounds, which answers nothing by itself"
-        raise InventoryError(what, hint=f"write mmproj: {model.name}, and under model: the model that it belongs to")
-    if model.shape is None:
-        raise InventoryError(
-            f"llama-server serves GGUF files, and model {model.name} is a Hugging Face snapshot folder",
-            hint="write runner: vllm, or name a GGUF file of the model",
-        )
-    return model.shape
-
-
 # --- choosing --------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=8192)
-def _tune(asked: LlamaServerSettings, prefer: Prefer, models: _Models, budget: Budget) -> _Tuning:
+def _tune(asked: LlamaServerSettings, prefer: Prefer, models: Models, budget: Budget) -> _Tuning:
     """Choose the layout and every other setting that memory depends on; llama_tuning.py says how layers are placed."""
     shape = models.shape
     allowed = _allowed(asked, budget)
@@ -280,7 +243,7 @@ def _tune(asked: LlamaServerSettings, prefer: Prefer, models: _Models, budget: B
     return _Tuning(layout, choices, memory, tuple(_shortfall(asked, layout, memory, budget)))
 
 
-def _lay_out(asked: LlamaServerSettings, prefer: Prefer, models: _Models, room: Room, budget: Budget) -> Layout:
+def _lay_out(asked: LlamaServerSettings, prefer: Prefer, models: Models, room: Room, budget: Budget) -> Layout:
     """Lay the model out with the KV cache in f16; in q8_0 only where that fits nowhere, and where it may be."""
     shape = models.shape
     wish = Wish(
@@ -311,7 +274,7 @@ def _may_quantise_cache(asked: LlamaServerSettings, shape: ModelShape) -> bool:
     return not any(each is not None for each in pinned) and bool(layers) and whole and asked.flash_attn != "off"
 
 
-def _base(asked: LlamaServerSettings, models: _Models, budget: Budget) -> LlamaMemorySettings:
+def _base(asked: LlamaServerSettings, models: Models, budget: Budget) -> LlamaMemorySettings:
     """Settle what does not depend on the layout. What is loaded beside the model goes to its GPUs, if it has any."""
     allowed, draft = _allowed(asked, budget), models.draft
     draft_layers = draft.n_layer_all + 1 if draft else 0
@@ -333,7 +296,7 @@ def _base(asked: LlamaServerSettings, models: _Models, budget: Budget) -> LlamaM
         image_max_tokens=asked.image_max_tokens,
         draft=draft,
         draft_gpu_layers=draft_layers if asked.spec_draft_ngl is None else min(asked.spec_draft_ngl, draft_layers),
-        draft_tokens=(asked.spec_draft_n_max or DRAFT_TOKENS) if draft else 0,
+        draft_tokens=(asked.spec_draft_n_max or beside.DRAFT_TOKENS) if draft else 0,
     )
 
 
@@ -397,26 +360,8 @@ def _choices(asked: LlamaServerSettings, prefer: Prefer, shape: ModelShape, layo
         "ctx_checkpoints": as_asked(asked.ctx_checkpoints) or checkpoints(shape),
         "load_mode": as_asked(asked.load_mode)
         or Choice("auto", "maps the file, so that a restart reads it from cache"),
-        **_beside_choices(asked, layout),
+        **beside.choices(asked, layout),
     }
-
-
-def _beside_choices(asked: LlamaServerSettings, layout: Layout) -> dict[str, Choice]:
-    """Give the settings of what is loaded beside the model."""
-    settings, choices = layout.settings, {}
-    if settings.projector:
-        choices["mmproj"] = as_asked(asked.mmproj)
-        choices["mmproj_offload"] = as_asked(asked.mmproj_offload) or (
-            Choice(True, "it is many times faster on a GPU") if layout.gpus else Choice(False, "no GPU to put it on")  # noqa: FBT003
-        )
-        choices["image_max_tokens"] = as_asked(asked.image_max_tokens)
-    if settings.draft:
-        choices["spec_draft_model"] = as_asked(asked.spec_draft_model)
-        n = settings.draft_gpu_layers if layout.gpus else 0
-        why = "all of it: a draft must be fast" if layout.gpus else "no GPU to put layers on"
-        choices["spec_draft_ngl"] = as_asked(asked.spec_draft_ngl) or Choice(n, why)
-        choices["spec_draft_n_max"] = as_asked(asked.spec_draft_n_max) or Choice(DRAFT_TOKENS, "llama-server's default")
-    return {key: choice for key, choice in choices.items() if choice}
 
 
 def _ctx_why(prefer: Prefer, shape: ModelShape, layout: Layout) -> str:
@@ -526,7 +471,7 @@ def _shortfall(
 # --- what would make it fit --------------------------------------------------------------------------------------
 
 
-def _ways_to_fit(asked: LlamaServerSettings, prefer: Prefer, models: _Models, budget: Budget) -> Iterator[str]:
+def _ways_to_fit(asked: LlamaServerSettings, prefer: Prefer, models: Models, budget: Budget) -> Iterator[str]:
     """Give the lines that make a service fit its budget, least loss first; docs/planning.md says the order."""
 
     def tuned(prefer_now: Prefer = prefer, **changes: Any) -> _Tuning | None:  # noqa: ANN401
@@ -535,7 +480,7 @@ def _ways_to_fit(asked: LlamaServerSettings, prefer: Prefer, models: _Models, bu
 
     yield from _lossless_ways(asked, tuned)
     yield from _slower_prompts(asked, models.shape, tuned)
-    yield from _less_beside(asked, models, tuned)
+    yield from beside.ways_to_fit(asked, models, tuned)
     if asked.cache_type_k is None and asked.cache_type_v is None and tuned(prefer, **Q8_0):
         yield "cache_type_k: q8_0, cache_type_v: q8_0"
     context, layers = list(_less_context(asked, tuned)), list(_fewer_layers(asked, tuned))
@@ -575,18 +520,6 @@ def _slower_prompts(
     smaller = [n for n in (512, 256, 128) if n < (asked.ubatch_size or 512)]
     if found := next((n for n in smaller if tuned(ubatch_size=n)), None):
         yield f"ubatch_size: {found}"
-
-
-def _less_beside(asked: LlamaServerSettings, models: _Models, tuned: Callable[..., _Tuning | None]) -> Iterator[str]:
-    """Give what makes images coarser or slower to read, and drafts slower."""
-    takes_any_size = models.projector and models.projector.is_dynamic
-    smaller = [n for n in (1024, 256) if n < (asked.image_max_tokens or MOST_IMAGE_TOKENS)] if takes_any_size else []
-    if found := next((n for n in smaller if tuned(image_max_tokens=n)), None):
-        yield f"image_max_tokens: {found}"
-    if models.projector and asked.mmproj_offload is not False and tuned(mmproj_offload=False):
-        yield "mmproj_offload: false"
-    if models.draft and asked.spec_draft_ngl != 0 and tuned(spec_draft_ngl=0):
-        yield "spec_draft_ngl: 0"
 
 
 def _less_context(asked: LlamaServerSettings, tuned: Callable[..., _Tuning | None], **also: str) -> Iterator[str]:
@@ -636,31 +569,11 @@ def _warnings(request: Request, tuning: _Tuning, shape: ModelShape) -> Iterator[
         yield f"ctx_size {tuning.value('ctx_size')} is beyond the {shape.n_ctx_train} tokens the model was trained for"
     if tuning.layout.settings.cache_type_k == "q8_0" and request.settings.cache_type_k is None:
         yield "the KV cache is in q8_0, because in f16 it fits nowhere: answers differ a little from those of f16"
-    yield from _beside_warnings(tuning, shape)
+    yield from beside.warnings(tuning.layout.settings, shape)
     if pair := _slow_cache(tuning):
         yield f"cache types {pair}: CUDA builds have kernels for twice the same of f16, bf16, q8_0, q4_0 only"
     if not ipaddress.ip_address(request.bind).is_loopback and not request.api_key_file:
         yield f"listens on {request.bind} without an API key: anyone who reaches the port can use it"
-
-
-def _beside_warnings(tuning: _Tuning, shape: ModelShape) -> Iterator[str]:
-    settings = tuning.layout.settings
-    draft = settings.draft
-    if draft and abs(draft.n_vocab - shape.n_vocab) > VOCABULARIES_DIFFER:
-        yield f"the drafting model knows {draft.n_vocab} tokens, the model {shape.n_vocab}: they may not fit together"
-    if draft and not draft.known_arch:
-        yield f"architecture {draft.arch} of the drafting model is planned by the general formula"
-    yield from _image_warnings(settings)
-    if settings.projector and not settings.projector.is_known:
-        yield f"an encoder of kind {settings.projector.kind or 'unknown'} is planned by the general formula"
-
-
-def _image_warnings(settings: LlamaMemorySettings) -> Iterator[str]:
-    """Warn where an image that the model must see at once is larger than a batch: llama-server would end."""
-    if settings.projector and (whole := settings.projector.whole_image_tokens):
-        n = min(whole, settings.image_max_tokens or whole)
-        if n > (batch := min(settings.ubatch_size, settings.batch_size)):
-            yield f"this model must get the {n} tokens of an image at once, and batches hold {batch}: it will end"
 
 
 def _slow_cache(tuning: _Tuning) -> str:
@@ -700,7 +613,7 @@ def _argv(request: Request, settings: Mapping[str, Choice], gpus: tuple[GpuBudge
         *("--cache-type-k", value["cache_type_k"]),
         *("--cache-type-v", value["cache_type_v"]),
         *_gpu_words(value, gpus),
-        *_beside_words(request, value),
+        *beside.words(request, value),
         *("--fit", "off"),
         *("--cache-ram", str(value["cache_ram"])),
         *("--ctx-checkpoints", str(value["ctx_checkpoints"])),
@@ -721,24 +634,6 @@ def _gpu_words(value: Mapping[str, Any], gpus: tuple[GpuBudget, ...]) -> tuple[s
         words += ["--n-cpu-moe", str(value["n_cpu_moe"])]
     if value.get("tensor_split"):
         words += ["--tensor-split", ",".join(f"{share:g}" for share in value["tensor_split"])]
-    return tuple(words)
-
-
-def _beside_words(request: Request, value: Mapping[str, Any]) -> tuple[str, ...]:
-    """Name what is loaded beside the model; where `--device` is none, so is theirs."""
-    words: list[str] = []
-    if encoder := request.beside.get("mmproj"):
-        words += ["--mmproj", encoder.path, "--mmproj-offload" if value["mmproj_offload"] else "--no-mmproj-offload"]
-    if "image_max_tokens" in value:
-        words += ["--image-max-tokens", str(value["image_max_tokens"])]
-    if drafts := request.beside.get("spec_draft_model"):
-        words += ["--spec-type", "draft-simple", "--spec-draft-model", drafts.path]
-        words += [
-            "--spec-draft-ngl",
-            str(value["spec_draft_ngl"]),
-            "--spec-draft-n-max",
-            str(value["spec_draft_n_max"]),
-        ]
     return tuple(words)
 
 
