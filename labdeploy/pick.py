@@ -111,7 +111,7 @@ def pick(inventory: Inventory, lock: Mapping[str, Any], hosts: Sequence[Host], w
     if wish.model not in inventory.models:
         hint = f"--model NAME, one of: {', '.join(inventory.models) or 'none'}"
         raise InventoryError(f"{wish.model!r} is not under models", where=str(inventory.path), hint=hint)
-    facts = ModelBook(inventory, lock).facts(wish.model, "")
+    facts = ModelBook(inventory, lock).served(wish.model, "")
     runner, why = walk(wish, facts)
     names = [host.name for host in hosts]
     service = _free_name(wish.model, {taken for host in hosts for taken in host.services})

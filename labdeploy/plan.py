@@ -316,7 +316,7 @@ def _usable(total: int, reserve: int | None) -> int:
 
 def _request(host: Host, service: Service, book: ModelBook) -> Request:
     """Join a service with its model, its runner's program and, where the runner is `auto`, the choice of one."""
-    model = book.facts(service.model, host.models_dir or "")
+    model = _served(host, service, book)
     runner, why = choose_runner(service, model)
     beside = {key: name for key, name in service.models.items() if key != "model"}
     request = Request(
@@ -339,6 +339,13 @@ def _request(host: Host, service: Service, book: ModelBook) -> Request:
     )
     require_known_flags(request, host.name)
     return request
+
+
+def _served(host: Host, service: Service, book: ModelBook) -> ModelFacts:
+    try:
+        return book.served(service.model, host.models_dir or "")
+    except InventoryError as error:
+        raise InventoryError(error.what, where=error.where or f"{host.name}: {service.name}", hint=error.hint) from None
 
 
 def choose_runner(service: Service, model: ModelFacts) -> tuple[str, str]:

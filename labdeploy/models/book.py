@@ -53,11 +53,21 @@ class ModelBook:
         build = machine.runners.get(runner) if machine else None
         return build if build and build.path == host.runners.get(runner) else None
 
+    def served(self, name: str, models_dir: str) -> ModelFacts:
+        """Give what is known of a model that is to answer; InventoryError where it cannot."""
+        facts = self.facts(name, models_dir)
+        if facts.projector:
+            raise InventoryError(
+                f"model {name} is an encoder of images or sounds, which answers nothing by itself",
+                hint=f"write mmproj: {name}, and under model: the model that it belongs to",
+            )
+        return facts
+
     def known(self, models_dir: str) -> Iterator[ModelFacts]:
-        """Give every model of the inventory whose shape is known."""
+        """Give every model of the inventory whose shape is known, and that can answer."""
         for name in self._inventory.models:
             with contextlib.suppress(LabdeployError):
-                yield self.facts(name, models_dir)
+                yield self.served(name, models_dir)
 
     def _load(self, name: str) -> ModelShape | Projector | Snapshot:
         from labdeploy.models import safetensors  # noqa: PLC0415

@@ -46,16 +46,12 @@ def models_of(request: Request) -> Models:
 
 
 def _shape(request: Request) -> ModelShape:
-    model = request.model
-    if model.projector:
-        what = f"model {model.name} is an encoder of images or sounds, which answers nothing by itself"
-        raise InventoryError(what, hint=f"write mmproj: {model.name}, and under model: the model that it belongs to")
-    if model.shape is None:
+    if request.model.shape is None:
         raise InventoryError(
-            f"llama-server serves GGUF files, and model {model.name} is a Hugging Face snapshot folder",
+            f"llama-server serves GGUF files, and model {request.model.name} is a Hugging Face snapshot folder",
             hint="write runner: vllm, or name a GGUF file of the model",
         )
-    return model.shape
+    return request.model.shape
 
 
 def choices(asked: LlamaServerSettings, layout: Layout) -> dict[str, Choice]:

@@ -19,6 +19,7 @@ import mmproj_maker
 from labdeploy import probe, report_models
 from labdeploy.errors import InventoryError
 from labdeploy.models import gguf
+from labdeploy.models.book import ModelBook
 from labdeploy.models.projector import projector
 from labdeploy.models.shape import model_shape
 from labdeploy.runners.llama_flags import spoken
@@ -188,7 +189,21 @@ def test_a_model_in_the_wrong_place_is_an_error(lab: Lab, keys: str, what: str):
     """It says which, and what to write."""
     with pytest.raises(InventoryError, match=what) as caught:
         lab.plan(card("24GiB"), a=f"runner: llama-server, port: 1, {keys}")
+    assert caught.value.where == "h: a"
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("runner", ["llama-server", "ollama", "vllm", "auto"])
+def test_an_encoder_is_served_by_no_runner(lab: Lab, runner: str):
+    """Each says the same of it; and `pick` does not offer it."""
+    with pytest.raises(InventoryError, match="answers nothing by itself"):
+        lab.plan(card("24GiB"), a=f"runner: {runner}, port: 1, model: gemma3-27b-mmproj")
+    lab.copy_lock()
+    ran = lab.run("pick", "--model", "gemma3-27b-mmproj")
+    assert (ran.code, "answers nothing by itself" in ran.err) == (2, True)
+    assert "gemma3-27b-mmproj" not in [
+        facts.name for facts in ModelBook(lab.load(lab.path.read_text()), lab.lock()).known("")
+    ]
 
 
 def test_a_name_that_is_no_model_is_a_problem_of_the_inventory(lab: Lab):
