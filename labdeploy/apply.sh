@@ -498,8 +498,8 @@ $2 ~ /^ *- / {
     else if (word[2] !~ /^CPU/) print name, gpu[++n], mib[4], mib[5], mib[6], mib[2]
 }'
 
-# Its buffers, without those of models beside it, after a start as `NAME DEVICE MODEL CONTEXT COMPUTE`, and `NAME layers ON_GPU`. A context that reserves its
-# compute buffers anew has given the ones before back.
+# Its buffers after a start, without those of models beside it, as `NAME DEVICE MODEL CONTEXT COMPUTE`, and `NAME layers
+# ON_GPU`. A context that reserves its compute buffers anew has given the ones before back.
 BUFFERS='
 function place(buffer) {
     if (buffer ~ /^CPU|_Host$|_Mapped$/) return "host"

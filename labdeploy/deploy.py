@@ -196,9 +196,8 @@ def run_jobs(
     outcomes: dict[str, Outcome] = {}
 
     def run_one(job: Job, *more: str, span: Span | None = None) -> Outcome:
-        until = time.monotonic() + wait_s
+        told, until = ",".join((*options, *more)) or "-", time.monotonic() + wait_s
         while True:
-            told = ",".join((*options, *more)) or "-"
             outcome = run_job(job, folder, push_id, told, watch_s, on_line, span)
             left_s = until - time.monotonic()
             if not isinstance(outcome.error, LockedError) or left_s <= 0 or stop.is_set():

@@ -136,7 +136,7 @@ class Service(ServiceKeys):
     @property
     def answers(self) -> bool:
         """Whether it answers requests on this host: of one that spans hosts only the head does."""
-        return self.part is None or self.part.rank == 0
+        return self.part is None or self.part.is_head
 
     @property
     def models(self) -> dict[str, str]:

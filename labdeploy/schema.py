@@ -151,7 +151,7 @@ class Text:
 
 NAME_RULE = "letters, digits, '.', '_' and '-', at most 63, starting with a letter or digit"
 Name = Text("a name", r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", NAME_RULE)
-ModelName = Text("a name under models", r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", NAME_RULE)
+ModelName = dataclasses.replace(Name, what="a name under models")
 EnvName = Text("an environment variable name", r"[A-Za-z_][A-Za-z0-9_]*")
 Hostname = Text("a host name or IP address", r"[A-Za-z0-9_.:\[\]-]+")
 Login = Text("a login name", r"[A-Za-z_][A-Za-z0-9_.-]*")

@@ -97,8 +97,6 @@ def _told(known: ModelShape | Projector | Snapshot) -> dict[str, Any]:
     """Give what a model's facts say of its kind."""
     if isinstance(known, Projector):
         return {"format": "projector", "projector": known}
-    return (
-        {"format": "gguf", "shape": known}
-        if isinstance(known, ModelShape)
-        else {"format": "safetensors", "snapshot": known}
-    )
+    if isinstance(known, ModelShape):
+        return {"format": "gguf", "shape": known}
+    return {"format": "safetensors", "snapshot": known}

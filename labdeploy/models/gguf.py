@@ -198,7 +198,7 @@ _PROJECTOR_KEYS = """
     clip.projector_type clip.vision.projector_type clip.audio.projector_type clip.vision.image_size
     clip.vision.patch_size clip.vision.block_count clip.vision.embedding_length clip.vision.feed_forward_length
     clip.vision.attention.head_count clip.vision.projector.scale_factor clip.vision.spatial_merge_size
-    clip.vision.image_max_pixels clip.vision.n_wa_pattern clip.audio.block_count clip.audio.embedding_length
+    clip.vision.image_max_pixels clip.audio.block_count clip.audio.embedding_length
     clip.audio.feed_forward_length clip.audio.attention.head_count
 """
 PROJECTOR_KEYS = frozenset(_PROJECTOR_KEYS.split())

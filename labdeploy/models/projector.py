@@ -52,9 +52,8 @@ LIMITS: Mapping[str, Limit] = {
 }
 WINDOWED = frozenset(("qwen2.5vl_merger", "youtuvl"))
 TURNED_IN_TWO = frozenset(("kimik25", "kimivl", "lightonocr", "llama4", "pixtral"))  # build_rope_2d in clip.cpp
-WHOLE = frozenset(
-    ("gemma3", "gemma4v")
-)  # the model sees all of an image at once: not causal (mtmd_decode_use_non_causal)
+# The model sees all of an image at once: attention among its tokens is not causal (mtmd_decode_use_non_causal).
+WHOLE = frozenset(("gemma3", "gemma4v"))
 MEASURED = frozenset(
     ("gemma3", "idefics3", "internvl", "mlp", "pixtral", "qwen2.5vl_merger", "qwen2vl_merger", "qwen3vl_merger")
 )

@@ -123,6 +123,11 @@ class Part:
     """Where the hosts reach each other, in the order of the hosts."""
 
     @property
+    def is_head(self) -> bool:
+        """Whether this host is the one that answers."""
+        return self.rank == 0
+
+    @property
     def address(self) -> str:
         """This host's own."""
         return self.addresses[self.rank]
@@ -253,7 +258,7 @@ class ServicePlan:
     @property
     def answers(self) -> bool:
         """Whether it answers requests: a worker of a span does not."""
-        return self.part is None or self.part.rank == 0
+        return self.part is None or self.part.is_head
 
     @property
     def does(self) -> str:

@@ -184,8 +184,7 @@ def _with_draft(alone: MemoryByDevice, settings: LlamaMemorySettings) -> MemoryB
         replace(part, draft_mib=own.total_mib - GPU_CONTEXT_MIB)
         for part, own in zip(alone.gpus, taken.gpus, strict=True)
     )
-    process = PROCESS_MIB + (GPU_PROCESS_MIB if settings.n_gpus else 0)
-    return MemoryByDevice(gpus, replace(alone.host, draft_mib=taken.host.planned_mib - process))
+    return MemoryByDevice(gpus, replace(alone.host, draft_mib=taken.host.planned_mib - _empty_process_mib(settings)))
 
 
 def draft_settings(settings: LlamaMemorySettings) -> LlamaMemorySettings:
@@ -229,11 +228,15 @@ def uses_cublas(shape: ModelShape, settings: LlamaMemorySettings) -> bool:
 # -- host ------------------------------------------------------
 
 
+def _empty_process_mib(settings: LlamaMemorySettings) -> float:
+    """Memory of the process before it has read any model."""
+    return PROCESS_MIB + (GPU_PROCESS_MIB if settings.n_gpus else 0)
+
+
 def process_mib(shape: ModelShape, settings: LlamaMemorySettings) -> float:
     """Memory of the process outside every table: itself, the tokenizer, and the logits of every slot."""
     logits = shape.n_vocab * settings.parallel * F32
-    process = PROCESS_MIB + (GPU_PROCESS_MIB if settings.n_gpus else 0)
-    return process + (shape.n_vocab * TOKENIZER_BYTES_PER_TOKEN + logits) / MIB
+    return _empty_process_mib(settings) + (shape.n_vocab * TOKENIZER_BYTES_PER_TOKEN + logits) / MIB
 
 
 def repackable(tensor_type: str, shape: Sequence[int], cpu_flags: AbstractSet[str]) -> bool:
