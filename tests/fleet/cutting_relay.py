@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import struct
 import threading
@@ -23,8 +24,7 @@ class CuttingRelay:
         self._cuts = iter(cuts)
         self._server = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._server.getsockname()[1]
-        self.done = 0
-        """Connections that were broken."""
+        self._broken: set[int] = set()
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._serve, daemon=True).start()
@@ -33,8 +33,13 @@ class CuttingRelay:
     def __exit__(self, *_: object) -> None:
         self._server.close()
 
+    @property
+    def done(self) -> int:
+        """Give how many connections were broken."""
+        return len(self._broken)
+
     def _serve(self) -> None:
-        while True:
+        for number in itertools.count():
             try:
                 client, _ = self._server.accept()
             except OSError:  # closed
@@ -42,15 +47,15 @@ class CuttingRelay:
             left = [next(self._cuts, 1 << 62)]
             host = socket.create_connection(self._target)
             for one, other in ((client, host), (host, client)):
-                threading.Thread(target=self._pass_on, args=(one, other, left), daemon=True).start()
+                threading.Thread(target=self._pass_on, args=(one, other, left, number), daemon=True).start()
 
-    def _pass_on(self, one: socket.socket, other: socket.socket, left: list[int]) -> None:
+    def _pass_on(self, one: socket.socket, other: socket.socket, left: list[int], number: int) -> None:
         with contextlib.suppress(OSError):
             while data := one.recv(1 << 16):
                 other.sendall(data[: left[0]])
                 left[0] -= len(data)
                 if left[0] <= 0:
-                    self.done += 1
+                    self._broken.add(number)  # once, though both ways may come here
                     for end in (one, other):
                         end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
                     break
