@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from labdeploy.inventory import Host
 
 ROOT = "/opt/labdeploy/runners"
-NAME = re.compile(r"([0-9A-Za-z][0-9A-Za-z.+_]*)-([0-9a-f]{8})")
-VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+_]*")
+VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+_-]*")
+NAME = re.compile(rf"({VERSION.pattern})-([0-9a-f]{{8}})")
 LOCKS = "runners"  # the folder beside the inventory
 SHOWN = 6  # of a list in a message
 
@@ -113,6 +113,15 @@ def _path(host: Host, runner: str, lock: Mapping[str, Any]) -> str:
     if named is None:
         return RUNNERS[runner].default_binary
     return named if named.startswith("/") else program(runner, one_build(host.name, runner, named, installed, used))
+
+
+def require_version(text: str) -> None:
+    """Refuse what cannot be the version of a build; `0.33.0-rc2` can, what looks like a whole build's name cannot."""
+    if not VERSION.fullmatch(text):
+        raise InventoryError(f"{text!r} is not a version", hint="letters, digits, '.', '+', '_' and '-'")
+    if NAME.fullmatch(text):
+        what = f"{text!r} is the name of a build, not a version"
+        raise InventoryError(what, hint="leave the last '-' and what follows it away")
 
 
 def one_build(host: str, runner: str, named: str, installed: Sequence[str], used: str | None = None) -> str:
@@ -210,7 +219,8 @@ def read_lock(path: Path) -> WheelLock:
 
 def find_lock(folder: Path, version: str, facts: Facts) -> WheelLock:
     """Pick the lock of a version that suits a host: the newest CUDA first, then a Python that is there already."""
-    found = [read_lock(path) for path in sorted((folder / LOCKS).glob(f"vllm-{version}-*.lock.txt"))]
+    locks = (read_lock(path) for path in sorted((folder / LOCKS).glob(f"vllm-{version}-*.lock.txt")))
+    found = [lock for lock in locks if lock.version == version]
     if not found:
         raise InventoryError(
             f"no lock of vLLM {version} in {folder / LOCKS}",

@@ -71,8 +71,7 @@ class Installer:
 
     def archive(self, runner: str, version: str, source: Path, sha256: str | None) -> Done:
         """Install llama-server or Ollama from a release archive, or from a folder that it was unpacked to."""
-        if not builds.VERSION.fullmatch(version):
-            raise InventoryError(f"{version!r} is not a version", hint="letters, digits, '.', '+' and '_'")
+        builds.require_version(version)
         packing, content = _packed(source, sha256)
         digest = _sha256(content)
         if sha256 and digest != sha256.lower():

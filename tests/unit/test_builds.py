@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import tarfile
@@ -94,6 +95,35 @@ def test_a_version_that_means_no_build_is_refused(lab: Lab, written: str, said: 
     assert plan.code == 2
     assert said in plan.err
     assert hint in plan.err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("0.33.0-rc2", ""),
+        ("b6401", ""),
+        ("0.33.0+cu130", ""),
+        ("../0.33.0", "is not a version"),
+        ("-0.33.0", "is not a version"),
+        ("", "is not a version"),
+        ("0.33.0-0123abcd", "is the name of a build"),
+    ],
+)
+def test_what_can_be_a_version_of_a_build(text: str, said: str):
+    """A release candidate can, with the dash that Ollama writes; a path or a whole build's name cannot."""
+    with pytest.raises(InventoryError, match=said) if said else contextlib.nullcontext():
+        builds.require_version(text)
+
+
+def test_a_release_candidate_is_not_the_release(tmp_path: Path):
+    """Neither its build nor its lock is taken for the one without the dash."""
+    candidate = builds.name_of("0.33.0-rc2", "0" * 64)
+    installed = (candidate, "0.33.0-11111111")
+    assert builds.one_build("a", "ollama", "0.33.0-rc2", installed) == candidate
+    assert builds.one_build("a", "ollama", "0.33.0", installed) == installed[1]
+    release = wheel_lock(tmp_path)
+    wheel_lock(tmp_path, version="0.33.0-rc2")
+    assert builds.find_lock(tmp_path, "0.33.0", GPU).path == release.path
 
 
 def test_the_lock_keeps_what_it_knows_of_models_and_other_hosts(tmp_path: Path):
