@@ -210,7 +210,7 @@ def run_jobs(
             return [skipped(job, stop.why) for job in group]
         if len(group) == 1 or "dry-run" in options:
             return [run_one(job) for job in group]
-        return list(run_span(group, run_one, functools.partial(_deny, folder=folder, push_id=push_id)))
+        return list(run_span(Span(group, functools.partial(_deny, folder=folder, push_id=push_id)), run_one))
 
     for n, batch in enumerate(order.batches(jobs)):
         if why := order.enough([outcome for outcome in outcomes.values() if outcome.error], canaries=n == 1):
@@ -228,11 +228,12 @@ def run_jobs(
 class Span(threading.Barrier):
     """Where the hosts of a span wait for each other before any of them is confirmed; broken where one cannot go."""
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
+    def __init__(self, jobs: Sequence[Job], deny: Callable[[Target], object]) -> None:
         super().__init__(len(jobs))
         self.jobs = jobs
         # The first to wait may wait as long as the last may take to start.
         self.confirm_s = CONFIRM_S + max(int(job.deadline_s) for job in jobs)
+        self._deny = deny
 
     def all_there(self) -> bool:
         """Wait for the others; False where one of them failed."""
@@ -242,11 +243,20 @@ class Span(threading.Barrier):
             return False
         return True
 
+    def fail(self, job: Job) -> None:
+        """Tell the others that one of them failed.
 
-def run_span(
-    jobs: Sequence[Job], run_one: Callable[..., Outcome], deny: Callable[[Target], object]
-) -> Iterator[Outcome]:
+        Those that still start may wait for it to join; and it may be back only when their old services can join it.
+        """
+        self.abort()
+        for other in self.jobs:
+            if other is not job:
+                self._deny(other.host)
+
+
+def run_span(span: Span, run_one: Callable[..., Outcome]) -> Iterator[Outcome]:
     """Move hosts together: each is asked first, then all are switched, and none is confirmed before all can be."""
+    jobs = span.jobs
     names = " and ".join(job.host.name for job in jobs)
     with ThreadPoolExecutor(max_workers=len(jobs)) as pool:
         first = list(pool.map(lambda job: run_one(job, "dry-run"), jobs))
@@ -254,25 +264,21 @@ def run_span(
             why = f"{refused[0].host} cannot go along, and {names} move together"
             yield from (o if o.error else skipped(job, why) for job, o in zip(jobs, first, strict=True))
             return
-        span = Span(jobs)
-        ended = list(pool.map(lambda job: _run_part(job, run_one, span, deny), jobs))
+        ended = list(pool.map(lambda job: _run_part(job, run_one, span), jobs))
         failed = next((outcome.host for outcome in ended if outcome.error), "")
         # Where a host failed after another one was confirmed, that one goes back too.
         back = [failed and outcome.result == "changed" for outcome in ended]
         yield from pool.map(lambda j, o, b: _take_back(j, o, run_one, failed) if b else o, jobs, ended, back)
 
 
-def _run_part(job: Job, run_one: Callable[..., Outcome], span: Span, deny: Callable[[Target], object]) -> Outcome:
+def _run_part(job: Job, run_one: Callable[..., Outcome], span: Span) -> Outcome:
     try:
         outcome = run_one(job, span=span)
     except BaseException:
         span.abort()
         raise
     if outcome.error:
-        span.abort()
-        for other in span.jobs:  # one that still starts may be waiting for this one to join
-            if other is not job:
-                deny(other.host)
+        span.fail(job)
     elif outcome.result != "changed":  # it had nothing to wait for
         span.all_there()
     return outcome
@@ -310,6 +316,8 @@ def run_job(
         on_line(job.host.name, line)
         if line.kind == "confirm":
             _confirm(job.host, folder, push_id, span)
+        elif line.kind == "failed" and span:
+            span.fail(job)
 
     error: LabdeployError | None = None
     try:

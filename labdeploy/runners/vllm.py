@@ -92,6 +92,9 @@ class Vllm:
         snapshot = _snapshot(request)
         _refuse_contradictions(request, snapshot)
         engine = _tune(request.settings, snapshot, budget)
+        if request.part and not engine.gpus and vllm_span.engine_of(engine) == "ray":
+            what = "engine: ray needs GPUs: vLLM's CPU builds do not support Ray"
+            _refuse(request, what, "leave engine out: vLLM then joins the hosts itself")
         settings = _choices(request, engine)
         deadline_s = start_timeout_s(
             request.model.size_bytes, budget.disk_mib_per_s, base_s=EAGER_START_S if engine.eager else COLD_START_S
@@ -581,4 +584,7 @@ def _env(engine: Engine, budget: Budget, part: Part | None) -> dict[str, str]:
     # One thread is left to the API server, which starves otherwise; binding is left to the kernel, because vLLM
     # does not know of the host's other services.
     threads = max(1, budget.threads - 1)
-    return {**env, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+    env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+    # --enforce-eager leaves some functions that are compiled at their first call, and that needs a C++ compiler: with
+    # tensor parallelism the lookup of embeddings (vocab_parallel_embedding.py, 0.32.0).
+    return env | {"TORCHDYNAMO_DISABLE": "1"} if engine.eager else env

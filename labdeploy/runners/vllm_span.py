@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from labdeploy.runners.base import Part
     from labdeploy.runners.vllm_memory import Engine
 
+ESTABLISHED, CLOSE_WAIT = "01", "08"  # in the kernel's table of sockets (include/net/tcp_states.h)
 GONE_S = 5  # that vLLM gets to end by itself once a host of its span has left
 
 
@@ -64,7 +65,7 @@ def _shell(part: Part, script: str) -> tuple[str, ...]:
 
 def facts(part: Part, engine: Engine, drain_s: int) -> dict[str, Any]:
     """Give what the unit of a worker says: how it knows that it joined, and how it waits for the head to end first."""
-    joined = f"[ {_connections(engine, part.rank)} -gt 0 ]"
+    joined = f"[ {_connections(engine, part)} -gt 0 ]"
     wait = f"n=0; while {joined} && [ $n -lt {drain_s} ]; do sleep 1; n=$((n+1)); done"
     return {"joined": joined, "let_go": ("/bin/sh", "-c", wait)} if part.rank else {}
 
@@ -84,28 +85,38 @@ def _watched(engine: Engine, part: Part) -> str:
     """Run the rest of the words; once all ranks have been connected, end as soon as one is not any more.
 
     vLLM does not see it. Tried with 0.32.0: a worker whose head has gone waits for ever; a head whose worker was killed
-    says 200 at /health until the next request fails. Restart=always then brings both back, and they join anew.
+    says 200 at /health until the next request fails. Restart=always then brings both back, and they join anew. A worker
+    may also have joined and been left between two looks: its end of the connection is then still open.
     """
     ranks = len(engine.gpus) or 1
     ranks *= 1 if part.rank else engine.hosts
+    left = f" || [ {_connections(engine, part, CLOSE_WAIT)} -gt 0 ]" if part.rank else ""
     return (
         '"$@" & p=$!; all=; trap "kill -TERM $p" TERM;'
         " while sleep 1; kill -0 $p 2>/dev/null; do"
-        f" if [ {_connections(engine, part.rank)} -ge {ranks} ]; then all=1;"
-        ' elif [ -n "$all" ]; then echo "a host of the span has left: this one ends, to join again" >&2;'
+        f" if [ {_connections(engine, part)} -ge {ranks} ]; then all=1;"
+        f' elif [ -n "$all" ]{left}; then echo "a host of the span has left: this one ends, to join again" >&2;'
         f" kill -TERM $p; (sleep {GONE_S}; kill -KILL $p) & wait $p; exit 1; fi;"
         " done; wait $p"
     )
 
 
-def _connections(engine: Engine, rank: int) -> str:
-    """Count established connections (state 01) at the port where the span joins: to it, or on the first host from it.
+def _connections(engine: Engine, part: Part, state: str = ESTABLISHED) -> str:
+    """Count connections at the place where the span joins: to the first host, or on it.
 
     With the kernel's own table of sockets: vLLM says nothing when a host has joined, and ss may not be there.
     """
-    port = f"{engine.asked.joins_at:04X}"
-    ends = f"[0-9A-F]+:[0-9A-F]{{4}} [0-9A-F]+:{port}" if rank else f"[0-9A-F]+:{port} [0-9A-F]+:[0-9A-F]{{4}}"
-    return f'$(cat /proc/net/tcp /proc/net/tcp6 2>/dev/null | grep -cE "^ *[0-9]+: {ends} 01 ")'
+    port = f":{engine.asked.joins_at:04X}"
+    anything = "[0-9A-F]+:[0-9A-F]{4}"
+    ends = f"{anything} {_hex(part.addresses[0])}{port}" if part.rank else f"[0-9A-F]+{port} {anything}"
+    return f'$(cat /proc/net/tcp /proc/net/tcp6 2>/dev/null | grep -cE "^ *[0-9]+: {ends} {state} ")'
+
+
+def _hex(address: str) -> str:
+    """Write an address as the kernel's table does: 32 bits at a time, lowest byte first; IPv4 in IPv6 sockets too."""
+    ip = ipaddress.ip_address(address)
+    words = [ip.packed[i : i + 4][::-1].hex().upper() for i in range(0, len(ip.packed), 4)]
+    return f"(0000000000000000FFFF0000)?{words[0]}" if ip.version == 4 else "".join(words)  # noqa: PLR2004
 
 
 def _ray(engine: Engine, part: Part, ray: PurePosixPath) -> Iterator[str]:

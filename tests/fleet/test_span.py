@@ -42,13 +42,17 @@ class SpanLab(Lab):
         models = {"tiny": {"path": "tiny", "local": str(self.model)}}
         hosts = {host.name: self._host(host, {}) for host in self.hosts}
         big = {"runner": "vllm", "model": "tiny", "port": self.port, "kv_cache_memory": "64MiB", "max_model_len": 2048}
-        # Sandbox hosts share this machine's network, and the parts count connections by their port.
-        port = 29500 + int(self.host.address.rpartition(".")[2])
-        big |= {"bind": self.host.address, "span": list(hosts), "span_port": port, "shutdown_timeout": 1, **settings}
+        big |= {"bind": self.host.address, "span": list(hosts), "span_port": self.span_port, "shutdown_timeout": 1}
+        big |= settings
         for host in hosts.values():
             host |= {"runners": {"vllm": PROGRAM}, "services": {}}
         hosts[self.host.name]["services"] = {"big": big}
         self.write({"models": models, "hosts": hosts})
+
+    @property
+    def span_port(self) -> int:
+        """A port of its own: sandbox hosts share this machine's network, and the parts count connections by port."""
+        return 29500 + int(self.host.address.rpartition(".")[2])
 
     def generations(self) -> list[int]:
         """Give the generation that each host runs."""
@@ -105,6 +109,14 @@ def test_all_hosts_of_a_span_move_or_none(lab: SpanLab) -> None:
     code, results, said = lab.pushed()
     assert (code, results) == (5, ["rolled-back", "rolled-back"]), said
     assert "another host of its span failed; generation 2 is back" in said
+    assert (lab.context(), lab.generations(), len(lab.ids())) == (1024, [2, 2], 1)
+
+    # Its old head waits for the old worker, and is not ready before that is back: each must be told at once.
+    sandbox.run(second, "mv", "/etc/no-context-of-512", "/etc/not-any-more")
+    sandbox.run(first, "sh", "-c", "echo 8 >/etc/no-context-of-512")
+    lab.set(max_model_len=512, span_port=lab.span_port + 1000)
+    code, results, said = lab.pushed()
+    assert (code, results) == (5, ["rolled-back", "rolled-back"]), said
     assert (lab.context(), lab.generations(), len(lab.ids())) == (1024, [2, 2], 1)
 
     ended = lab.run("rollback", second.name, "--json")

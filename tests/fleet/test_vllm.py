@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from snapshot_maker import write_snapshot
-from vllm_lab import HOST_PACKAGES, LOCK, START_S, VllmLab, package_index, second_lock, wheels
+from vllm_lab import HOST_PACKAGES, LOCK, START_S, VllmLab, lock_with_ray, package_index, wheels
 
 from labdeploy import builds, sandbox
 from labdeploy.hardware import Gpu
@@ -107,7 +107,7 @@ def test_a_killed_engine_comes_back(lab: VllmLab) -> None:
 def test_an_upgrade_is_another_build_and_a_rollback_the_first(lab: VllmLab) -> None:
     """Both builds lie side by side; the unit says which one runs. What a generation names cannot be removed."""
     name = lab.host.name
-    lock = second_lock(lab.folder)
+    lock = lock_with_ray(lab.folder)
     second = builds.read_lock(lock).name
     with package_index(wheels()) as url:
         config = f'no-index = true\nfind-links = ["{url}"]\n'
@@ -225,7 +225,7 @@ def rendered_argvs(snapshot: Snapshot) -> Iterator[list[str]]:
         for has in ((), gpus):
             settings = {key: value for key, value in some.items() if has or key != "tensor_parallel_size"}
             yield list(serve_argv(snapshot, has, settings))
-    for engine, rank, has in itertools.product(("mp", "ray"), (0, 1), ((), gpus)):
+    for (engine, has), rank in itertools.product((("mp", ()), ("mp", gpus), ("ray", gpus)), (0, 1)):
         part = Part(rank, ("a", "b"), ("10.0.0.1", "10.0.0.2"))
         yield list(serve_argv(snapshot, has, {"span": part.hosts, "engine": engine, "span_port": 29600}, part))
 

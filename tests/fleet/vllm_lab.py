@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -17,22 +19,24 @@ from typing import TYPE_CHECKING, Any
 
 from lab import TIMEOUT_S, Ended, Lab
 
-from labdeploy import builds, sandbox
+from labdeploy import sandbox
 from labdeploy.sandbox_root import locked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-LOCK = Path(__file__).parents[1] / "data" / "vllm" / "vllm-0.32.0-cpu-py311.lock.txt"
+DATA = Path(__file__).parents[1] / "data" / "vllm"
+LOCK = DATA / "vllm-0.32.0-cpu-py311.lock.txt"
+RAY = DATA / "ray.lock.txt"  # what `runner lock --with ray` adds to it
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"  # where pip finds torch for CPUs if nothing else names it
 HOST_PACKAGES = ("python3", "libnuma1")  # what a host needs for this build
 START_S = 600
 
 
 def wheels() -> Path:
-    """Give the folder with all wheels of the lock: 585 MB, downloaded at the first call."""
+    """Give the folder with all wheels of both locks: 661 MB, downloaded at the first call."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "labdeploy" / "wheels"
-    folder = cache / builds.read_lock(LOCK).name
+    folder = cache / hashlib.sha256(LOCK.read_bytes() + RAY.read_bytes()).hexdigest()[:8]
     with locked(cache / "download.lock"):
         if not folder.is_dir():
             fresh = folder.with_suffix(".tmp")
@@ -43,21 +47,20 @@ def wheels() -> Path:
 
 def _download(folder: Path) -> None:
     """Download as pip is configured here; where that has no torch for CPUs, from its own index."""
-    argv = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "-r", str(LOCK)]
-    argv += ["-d", str(folder)]
+    argv = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    argv += ["-r", str(LOCK), "-r", str(RAY), "-d", str(folder)]
     first = subprocess.run(argv, capture_output=True, text=True, check=False)
     if first.returncode != 0:
         second = subprocess.run([*argv, "--extra-index-url", TORCH_INDEX], capture_output=True, text=True, check=False)
         assert second.returncode == 0, first.stderr + second.stderr
 
 
-def second_lock(folder: Path) -> Path:
-    """Write a lock of another build of the same version: one package, which vLLM does not need, is left out."""
-    lines = LOCK.read_text().splitlines(keepends=True)
-    start = next(i for i, line in enumerate(lines) if line.startswith("agent-detector=="))
-    end = next(i for i in range(start + 1, len(lines)) if "==" in lines[i])
+def lock_with_ray(folder: Path) -> Path:
+    """Write the lock of another build of the same version, as `runner lock --with ray` would: every package by name."""
+    head, *packages = re.split(r"(?m)^(?=[a-z0-9].*==)", LOCK.read_text())
+    packages += re.split(r"(?m)^(?=[a-z0-9].*==)", RAY.read_text())[1:]
     path = folder / LOCK.name
-    path.write_text("".join(lines[:start] + lines[end:]))
+    path.write_text(head + "".join(sorted(packages)))
     return path
 
 

@@ -260,6 +260,12 @@ def test_the_units_of_ray(lab: Lab):
     assert "vllm serve" not in worker
 
 
+def test_ray_on_cpus_is_refused(lab: Lab):
+    """VLLM 0.32.0 for CPUs ends with "current platform cpu does not support ray"; that is told before."""
+    with pytest.raises(InventoryError, match="engine: ray needs GPUs"):
+        plans(lab, inventory("span: [a, b], engine: ray", a="", b=""))
+
+
 def test_the_interface_is_the_one_with_the_address(lab: Lab):
     """NCCL and gloo would guess; on loopback there is nothing to look up."""
     assert "ip -o address show to 10.0.0.2" in unit(lab, "b")

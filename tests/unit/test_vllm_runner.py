@@ -445,6 +445,7 @@ def test_on_a_cpu_the_cache_is_always_named():
     assert "--enforce-eager" in planned.argv
     assert "--gpu-memory-utilization" not in planned.argv
     assert planned.env["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert planned.env["TORCHDYNAMO_DISABLE"] == "1", "some functions are compiled in spite of --enforce-eager"
     assert planned.env["OMP_NUM_THREADS"] == "7"
     assert planned.memory["host"].total_mib < 64 * 1024
     assert "made for CPUs" in planned.warnings[0]
