@@ -11,6 +11,8 @@ import ipaddress
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from labdeploy.runners.vllm_memory import MIB, RAY_STORE_MIB
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from labdeploy.runners.vllm_memory import Engine
 
 ESTABLISHED, CLOSE_WAIT = "01", "08"  # in the kernel's table of sockets (include/net/tcp_states.h)
+# What Ray is told of its own times (src/ray/common/ray_config_def.h): it waits 60 s for a head that is gone, though one
+# that comes back is another cluster; and 30 s for its own agents, which took longer on a machine with much else to do.
+RAY_TIMES = {"RAY_gcs_rpc_server_reconnect_timeout_s": "10", "RAY_agent_register_timeout_ms": "120000"}
 GONE_S = 5  # that vLLM gets to end by itself once a host of its span has left
 
 
@@ -44,6 +49,7 @@ def env(engine: Engine, part: Part) -> dict[str, str]:
         found |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")
     if engine_of(engine) == "ray":
         found |= {"RAY_ADDRESS": f"{part.addresses[0]}:{engine.asked.joins_at}", "RAY_USAGE_STATS_ENABLED": "0"}
+        found |= RAY_TIMES
     return found
 
 
@@ -121,6 +127,7 @@ def _hex(address: str) -> str:
 
 def _ray(engine: Engine, part: Part, ray: PurePosixPath) -> Iterator[str]:
     yield f"{ray} start --node-ip-address={part.address} --num-gpus={len(engine.gpus)} --disable-usage-stats"
+    yield f"--object-store-memory={RAY_STORE_MIB * MIB}"
     if part.rank:
         yield f"--address={part.addresses[0]}:{engine.asked.joins_at}"
     else:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from snapshot_maker import write_snapshot
-from vllm_lab import HOST_PACKAGES, LOCK, START_S, VllmLab, lock_with_ray, package_index, wheels
+from vllm_lab import HOST_PACKAGES, LOCK, START_S, VllmLab, VllmSpanLab, lock_with_ray, package_index, wheels
 
 from labdeploy import builds, sandbox
 from labdeploy.hardware import Gpu
@@ -28,23 +28,44 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from labdeploy.models.safetensors import Snapshot
+    from labdeploy.sandbox import SandboxHost
+
+pytestmark = pytest.mark.xdist_group("vllm")  # its tests follow one another, on the same hosts
 
 FIRST = builds.read_lock(LOCK).name
+
+
+def host_with_python(name: str, sandbox_dir: Path) -> SandboxHost:
+    """Bring up a host on which the build can run."""
+    host = sandbox.up([name], "bookworm", state_dir=sandbox_dir)[0]
+    script = f"apt-get update -qq && apt-get install -y -qq --no-install-recommends {' '.join(HOST_PACKAGES)}"
+    sandbox.run(host, "sh", "-c", f"DEBIAN_FRONTEND=noninteractive; {script}", timeout_s=300)
+    return host
 
 
 @pytest.fixture(scope="module")
 def lab(sandbox_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmLab]:
     """Return a host with Python 3.11 and the first build of vLLM; its tests follow one another."""
     folder = tmp_path_factory.mktemp("vllm")
-    host = sandbox.up(["vllm1"], "bookworm", state_dir=sandbox_dir)[0]
-    script = f"apt-get update -qq && apt-get install -y -qq --no-install-recommends {' '.join(HOST_PACKAGES)}"
-    sandbox.run(host, "sh", "-c", f"DEBIAN_FRONTEND=noninteractive; {script}", timeout_s=300)
+    host = host_with_python("vllm1", sandbox_dir)
     lab = VllmLab(folder, [host], write_snapshot(folder / "tiny"))
     (folder / "runners").mkdir()
     (folder / "runners" / LOCK.name).write_bytes(LOCK.read_bytes())
     lab.ok("runner", "install", host.name, "vllm", "0.32.0", "--wheels", str(wheels()))
     yield lab
     sandbox.down(["vllm1"], state_dir=sandbox_dir)
+
+
+@pytest.fixture(scope="module")
+def pair(lab: VllmLab, sandbox_dir: Path) -> Iterator[VllmSpanLab]:
+    """Return that host and another one, both with the build that has Ray too."""
+    other = host_with_python("vllm2", sandbox_dir)
+    lock = lock_with_ray(lab.folder)
+    pair = VllmSpanLab(lab.folder, [lab.host, other], lab.model, build=builds.read_lock(lock).name)
+    for host in pair.hosts:
+        pair.ok("runner", "install", host.name, "vllm", "0.32.0", "--lock", str(lock), "--wheels", str(wheels()))
+    yield pair
+    sandbox.down(["vllm2"], state_dir=sandbox_dir)
 
 
 def test_installed_pushed_and_asked(lab: VllmLab) -> None:
@@ -131,6 +152,51 @@ def test_an_upgrade_is_another_build_and_a_rollback_the_first(lab: VllmLab) -> N
     rows = {row["name"]: row for row in lab.ok("runner", "ls")["hosts"][name]}
     assert rows[second]["generations"] == [3]
     assert rows[FIRST]["installed"]
+
+
+# --- over two hosts -----------------------------------------------------------------------------------------------
+
+
+def test_two_hosts_serve_one_model(pair: VllmSpanLab) -> None:
+    """A part of every layer on each: pushed, changed while it streams, a crash of either healed, rolled back."""
+    pair.set()
+    pushed = pair.ok("push", pair.host.name)["hosts"]
+    assert [host["result"] for host in pushed.values()] == ["changed", "changed"]
+    assert pair.complete()
+    assert pair.n_ctx() == 8192
+
+    events: list[str] = []
+    client = threading.Thread(target=lambda: events.extend(pair.stream(500)))
+    client.start()
+    while not events and client.is_alive():
+        time.sleep(0.1)
+    pair.set(max_model_len=4096)
+    assert pair.ok("push", pair.host.name)["hosts"][pair.hosts[1].name]["result"] == "changed"
+    client.join(60)
+    assert events[-1] == "[DONE]"
+    assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
+    assert pair.n_ctx() == 4096
+
+    before = pair.invocations()
+    pair.kill(1)
+    pair.wait_healed(before)
+
+    assert pair.run("rollback", pair.hosts[1].name).code == 0
+    assert pair.n_ctx() == 8192
+    assert pair.complete()
+
+
+def test_ray_joins_two_hosts(pair: VllmSpanLab) -> None:
+    """A head and a node of a real Ray cluster, each in its unit: joined, a crash of either healed. Not a real vLLM."""
+    pair.set_ray()
+    pair.ok("push", pair.host.name)
+    addresses = {host.address for host in pair.hosts}
+    assert set(pair.complete().split()) == addresses
+    for number in (1, 0):
+        before = pair.invocations()
+        pair.kill(number)
+        pair.wait_healed(before)
+        assert set(pair.complete().split()) == addresses
 
 
 # --- what is planned, against what vLLM says itself ---------------------------------------------------------------

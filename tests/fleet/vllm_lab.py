@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ LOCK = DATA / "vllm-0.32.0-cpu-py311.lock.txt"
 RAY = DATA / "ray.lock.txt"  # what `runner lock --with ray` adds to it
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"  # where pip finds torch for CPUs if nothing else names it
 HOST_PACKAGES = ("python3", "libnuma1")  # what a host needs for this build
+RAY_STAND_IN = Path(__file__).with_name("ray_stand_in.py")
+BIG = "labdeploy-big.service"
 START_S = 600
 
 
@@ -145,3 +148,73 @@ class VllmLab(Lab):
     def program(self) -> str:
         """Give the program that runs as the service, as the unit that is loaded names it."""
         return self.show("ExecStart").partition("path=")[2].partition(" ;")[0]
+
+
+@dataclass
+class VllmSpanLab(VllmLab):
+    """Two hosts that serve `big` together."""
+
+    build: str = ""
+    """The name of the build that both hosts have."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for file in self.model.iterdir():
+            sandbox.copy_in(self.hosts[1], file, f"/srv/models/tiny/{file.name}")
+
+    def set(self, **settings: Any) -> None:  # noqa: ANN401
+        """Write the inventory, with these settings of the span beside the usual ones."""
+        self._write(self._big() | settings, {"vllm": self.build}, [])
+
+    def set_ray(self) -> None:
+        """Write it for Ray and its stand-in, which takes hosts with GPUs; that these have some is made up."""
+        for host in self.hosts:
+            script = RAY_STAND_IN.read_text()
+            python = f"/opt/labdeploy/runners/vllm/{self.build}/bin"
+            (self.folder / "vllm").write_text(f"#!{python}/python\n{script}")
+            sandbox.copy_in(host, self.folder / "vllm", "/opt/stand-in/vllm", mode="0755")
+            sandbox.run(host, "ln", "-sfn", f"{python}/ray", "/opt/stand-in/ray")
+        gpu = {"name": "RTX 3090", "vram": "24GiB", "compute_capability": "8.6"}
+        self._write(self._big() | {"engine": "ray", "span_port": 6390}, {"vllm": "/opt/stand-in/vllm"}, [gpu])
+
+    def _big(self) -> dict[str, Any]:
+        return {
+            "runner": "vllm",
+            "model": "tiny",
+            "port": self.port,
+            "bind": self.host.address,
+            "span": [host.name for host in self.hosts],
+            "kv_cache_memory": "64MiB",
+            "max_num_seqs": 4,
+            "dtype": "float32",
+        }
+
+    def _write(self, big: dict[str, Any], runners: dict[str, str], gpus: list[dict[str, Any]]) -> None:
+        hosts = {host.name: self._host(host, {}) | {"runners": runners, "services": {}} for host in self.hosts}
+        for known in hosts.values():
+            known["hardware"] |= {"gpus": gpus}
+        hosts[self.host.name]["services"] = {"big": big}
+        self.write({"models": {"tiny": {"path": "tiny", "local": str(self.model)}}, "hosts": hosts})
+
+    def invocations(self) -> list[str]:
+        """Give which start of each part runs now; nothing of one that is not up."""
+        shown = [sandbox.run(h, "systemctl", "show", "-p", "InvocationID,ActiveState", BIG).stdout for h in self.hosts]
+        return [text if "ActiveState=active" in text else "" for text in shown]
+
+    def kill(self, number: int) -> None:
+        """Kill the part of one host, as a crash of all of it would."""
+        sandbox.run(self.hosts[number], "systemctl", "kill", "--signal=KILL", BIG)
+
+    def wait_healed(self, before: list[str]) -> None:
+        """Return when both parts have started anew and answer."""
+        deadline = time.monotonic() + START_S
+        while not all(self.invocations()) or set(self.invocations()) & set(before) or not self.answers():
+            assert time.monotonic() < deadline, (before, self.invocations())
+            time.sleep(1)
+
+    def answers(self) -> bool:
+        """Tell whether a completion comes."""
+        try:
+            return bool(self.complete())
+        except OSError:
+            return False

@@ -258,6 +258,11 @@ def test_the_units_of_ray(lab: Lab):
     assert "/bin/ray start --node-ip-address=10.0.0.2" in worker
     assert "--address=10.0.0.1:6379 --block" in worker
     assert "vllm serve" not in worker
+    assert f"--object-store-memory={128 * 1024 * 1024}" in head
+    joined = {
+        engine: plans(lab, inventory(f"span: [a, b], engine: {engine}"))["a"].services[0] for engine in ("mp", "ray")
+    }
+    assert joined["ray"].memory["host"].total_mib - joined["mp"].memory["host"].total_mib == 768
 
 
 def test_ray_on_cpus_is_refused(lab: Lab):
