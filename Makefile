@@ -19,7 +19,7 @@ system:
 demo: setup system
 	$(BIN)/labdeploy demo
 
-test: lint unit fleet
+test: lint unit fleet vllm
 
 lint: setup system
 	$(BIN)/ruff check .
@@ -32,10 +32,10 @@ unit: setup system
 	$(BIN)/python -m pytest tests/unit -n 2
 
 fleet: setup system
-	$(BIN)/python -m pytest tests/fleet -n 2 --dist loadgroup --durations=20
+	$(BIN)/python -m pytest tests/fleet -n 2 --ignore tests/fleet/test_vllm.py --durations=20
 
-# Of these the real vLLM alone, through its whole life: 661 MB of wheels at the first run, then 11 minutes (most of it
-# imports, and 50 000 files that come and go).
+# A real vLLM through its whole life, on one host and on two: 661 MB of wheels at the first run, then 11 minutes (most of
+# it imports, and 50 000 files that come and go). Its tests follow one another, so they have one worker.
 vllm: setup system
 	$(BIN)/python -m pytest tests/fleet/test_vllm.py --durations=10
 

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from labdeploy.models.safetensors import Snapshot
     from labdeploy.sandbox import SandboxHost
 
-pytestmark = pytest.mark.xdist_group("vllm")  # its tests follow one another, on the same hosts
-
 FIRST = builds.read_lock(LOCK).name
 
 
