@@ -25,8 +25,8 @@ lint: setup system
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	shellcheck -s sh labdeploy/apply.sh labdeploy/ollama.sh labdeploy/builds.sh labdeploy/model_files.sh \
-		labdeploy/facts/facts.sh tests/system-packages.sh docs/examples/ansible/pack.sh
+	shellcheck -s sh labdeploy/apply.sh labdeploy/unchanged.sh labdeploy/ollama.sh labdeploy/builds.sh \
+		labdeploy/model_files.sh labdeploy/facts/facts.sh tests/system-packages.sh docs/examples/ansible/pack.sh
 
 unit: setup system
 	$(BIN)/python -m pytest tests/unit -n 2

@@ -22,22 +22,20 @@
 # Every file is made durable (sync FILE is an fsync) before anything relies on it. The moment of decision is the
 # rename of `good`: before it, every way out leads back to the old generation; after it, to the new one.
 
-# What it does for Ollama (stores of models, questions after a start) stands in ollama.sh, which is sent ahead of it.
+# What it does for Ollama (stores of models, questions after a start) stands in ollama.sh, and how it sees that nothing is
+# to do in unchanged.sh; both are sent ahead of it.
 
 # shellcheck shell=sh disable=SC2015,SC2010,SC2012,SC2016,SC2034,SC2045,SC2046,SC2086,SC2154
 # (names of generations, units and services are of [A-Za-z0-9._-] alone, checked before they are sent, so lists of
-# them are split at spaces on purpose; `a && b || c` is meant to run c where either fails; awk has its own $1; ollama.sh
-# reads and sets variables of this program)
+# them are split at spaces on purpose; `a && b || c` is meant to run c where either fails; awk has its own $1; the others
+# read and set variables of this program)
 
 set -u -f
 umask 022
 export LC_ALL=C
 TAB='	'
-ROOT=/etc/labdeploy
-UNITS=/etc/systemd/system
 RUN=/run/labdeploy
 TXN=$RUN/txn     # systemd makes it for the transaction and removes it after settle
-TXN_UNIT=labdeploy-txn.service
 RECOVER_UNIT=labdeploy-recover.service
 RECEIVE_S=60     # a laptop that falls asleep while it sends must not hold the lock
 EMPTY=000000     # the generation before the first push
@@ -179,7 +177,7 @@ refuse_drift() {
 
 push() { # ID HASH BY WATCH_S CONFIRM_S OPTIONS; the bundle follows on stdin once it is asked for
     ID=$1 HASH=$2 BY=$3 OPTIONS=$6
-    if nothing_to_do; then
+    if nothing_to_do "$HASH" && [ -z "$(stale_stores "$ROOT/gen/$FROM")" ]; then
         emit result unchanged "$(number "$FROM")"
         exit 0
     fi
@@ -187,49 +185,6 @@ push() { # ID HASH BY WATCH_S CONFIRM_S OPTIONS; the bundle follows on stdin onc
     FROM=$(generation current)
     emit want bundle
     run_txn push "$@"
-}
-
-# All of a push that finds nothing to do, which is most of them: one hash of everything and one question to systemd; the
-# rest is builtins, for each process costs a millisecond, and some ask many hosts that are one machine.
-nothing_to_do() { # sets FROM; what is installed is HASH, unchanged by hand, active and enabled, and nobody is at it
-    [ ! -e "$ROOT/pending" ] && cd -P "$ROOT/current" 2>/dev/null || return 1
-    FROM=${PWD##*/}
-    cd /
-    [ -e "$ROOT/gen/$FROM/SHA256SUMS" ] || return 1
-    set -- "$ROOT/gen/$FROM/SHA256SUMS"
-    _units='' _sums="$HASH "
-    while read -r _sum _file; do
-        case $_file in systemd/*) ;; *) continue ;; esac
-        _u=${_file#*/}
-        [ ! -d "$UNITS/$_u.d" ] || return 1
-        set -- "$@" "$UNITS/$_u"
-        _units="$_units $_u" _sums="$_sums$_sum "
-    done <"$1"
-    _found=''
-    while read -r _sum _; do _found="$_found$_sum "; done <<EOF
-$(sha256sum "$@" 2>/dev/null)
-EOF
-    [ "$_found" = "$_sums" ] && [ -z "$(stale_stores "$ROOT/gen/$FROM")" ] && run_undisturbed $_units
-}
-
-run_undisturbed() { # UNIT...: all are active and enabled, and no transaction runs
-    _n=0
-    while IFS= read -r _line; do
-        case $_line in
-            Id=*) _id=${_line#*=} ;;
-            ActiveState=*) _a=${_line#*=} ;;
-            UnitFileState=*) _e=${_line#*=} ;;
-            '') case $_id:$_a:$_e in
-                "$TXN_UNIT":inactive:* | "$TXN_UNIT":failed:*) ;;
-                "$TXN_UNIT":*) return 1 ;;
-                *:active:enabled) _n=$((_n + 1)) ;;
-            esac ;;
-        esac
-    done <<EOF
-$(systemctl show -p Id,ActiveState,UnitFileState "$TXN_UNIT" "$@" 2>/dev/null)
-
-EOF
-    [ "$_n" = $# ]
 }
 
 rollback() { # ID GENERATION BY WATCH_S CONFIRM_S OPTIONS; GENERATION `previous` is the one before the last switch

@@ -546,20 +546,26 @@ def _start(length: int, *words: str) -> str:
 
 @functools.cache
 def _kept_program() -> bytes:
-    """Give what a push leaves on the host: apply.sh, and ahead of it the functions for Ollama that it calls."""
-    return program("ollama.sh") + program(KEPT)
+    """Give what a push leaves on the host: apply.sh, and ahead of it the functions that it calls."""
+    return program("unchanged.sh") + program("ollama.sh") + program(KEPT)
 
 
 def start_kept(*words: str) -> str:
     """Write the command that runs a verb of the program that the host has kept, and asks for it where it is another.
 
-    The file is opened once: whoever replaces it meanwhile does so by a rename, and what was hashed is what runs.
+    A push looks first whether there is anything to do; stores of models are looked at by the program alone. The file is
+    opened once: whoever replaces it meanwhile does so by a rename, and what was hashed is what runs.
     """
     text = _kept_program()
     kept = f'[ -r {KEPT_AT} ] && exec 4<{KEPT_AT} && [ "$(sha256sum <&4)" = "{_sum(text)}  -" ]'
     run = "PROGRAM_AT=/proc/self/fd/4; . /proc/self/fd/4"
-    ask = f'printf "want\\tprogram\\n"; PROGRAM=$(head -c {len(text)}); eval "$PROGRAM"'
-    return _as_root(f"set -- {shlex.join(words)}; if {kept}; then {run}; else {ask}; fi")
+    ask = f'printf "want\tprogram\n"; PROGRAM=$(head -c {len(text)}); eval "$PROGRAM"'
+    start = f"if {kept}; then {run}; else {ask}; fi"
+    if words[0] == "push":
+        unchanged = 'nothing_to_do "$3" && [ ! -d "$ROOT/gen/$FROM/stores" ]'
+        say = 'printf "result\tunchanged\t%s\n" "${FROM#"${FROM%%[!0]*}"}"'
+        start = f"{program('unchanged.sh').decode()}\nif {unchanged}; then {say}; else {start}; fi"
+    return _as_root(f"set -- {shlex.join(words)}; {start}")
 
 
 @functools.cache

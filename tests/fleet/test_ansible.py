@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from labdeploy.sandbox import SandboxHost
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "ansible"
-PROGRAM = Path(hosts.__file__).parent / "apply.sh"
+PROGRAMS = Path(hosts.__file__).parent
 
 
 def play(lab: Lab, programs: Path) -> str:
@@ -30,7 +30,7 @@ def play(lab: Lab, programs: Path) -> str:
     known = f"-o UserKnownHostsFile={host.known_hosts} -o ControlMaster=auto -o ControlPersist=10s"
     (lab.folder / "ansible.cfg").write_text(f"[ssh_connection]\nssh_args = -F none {known}\n")
     argv = [str(programs / "ansible-playbook"), "-i", "hosts.ini", str(EXAMPLE / "push.yml"), "-e", "watch_s=1"]
-    words = ["-e", f"rendered={lab.folder / 'rendered'}", "-e", f"program={PROGRAM}"]
+    words = ["-e", f"rendered={lab.folder / 'rendered'}", "-e", f"programs={PROGRAMS}"]
     ended = subprocess.run([*argv, *words], cwd=lab.folder, check=False, capture_output=True, text=True, timeout=180)
     return ended.stdout.partition("PLAY RECAP")[2] or ended.stdout + ended.stderr
 

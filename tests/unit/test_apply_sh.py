@@ -12,8 +12,9 @@ import pytest
 import labdeploy
 
 PROGRAM = Path(labdeploy.__file__).parent / "apply.sh"
-TEXT = PROGRAM.read_text()
-PROGRAMS = [PROGRAM, PROGRAM.parent / "model_files.sh", PROGRAM.parent / "facts" / "facts.sh"]
+UNCHANGED = PROGRAM.parent / "unchanged.sh"
+TEXT = UNCHANGED.read_text() + PROGRAM.read_text()
+PROGRAMS = [PROGRAM, UNCHANGED, PROGRAM.parent / "model_files.sh", PROGRAM.parent / "facts" / "facts.sh"]
 FOR_AWK = re.compile(r"(?ms)^[A-Z]+='\n.*?'$")
 
 
@@ -73,7 +74,7 @@ def test_it_has_no_bashism(pattern: str, program: Path):
     assert found == [], BASHISMS[pattern]
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
+@pytest.mark.parametrize("program", [p for p in PROGRAMS if p != UNCHANGED], ids=lambda path: path.name)
 def test_it_ends_by_running_its_arguments(program: Path):
     """It is read from standard input and called with a verb; what follows the last line is the payload."""
     text = program.read_text()
@@ -113,6 +114,48 @@ def test_what_could_not_be_tidied_is_tried_again(tmp_path: Path, removing: int, 
     """Where /etc is read-only labdeploy-recover must know; a store of models that stays is no reason to go on."""
     stubs = f"rm() {{ return {removing}; }}; prune_stores() {{ return {pruning}; }}; ROOT=$1 RUN=$1"
     assert with_functions(f"{stubs}; tidy; echo $?", str(tmp_path)).strip() == status
+
+
+QUIET = "Id=labdeploy-txn.service ActiveState=inactive UnitFileState=transient"
+ACTIVE = "Id=x.service ActiveState=active UnitFileState=enabled"
+
+
+@pytest.mark.skipif(not shutil.which("dash"), reason="dash is not installed")
+@pytest.mark.parametrize(
+    ("meanwhile", "states", "found"),
+    [
+        ("true", (QUIET, ACTIVE), "000003"),
+        ("echo x >>units/x.service", (QUIET, ACTIVE), ""),
+        ("rm units/x.service", (QUIET, ACTIVE), ""),
+        ("mkdir units/x.service.d", (QUIET, ACTIVE), ""),
+        ("echo x >>root/gen/000003/SHA256SUMS", (QUIET, ACTIVE), ""),
+        ("touch root/pending", (QUIET, ACTIVE), ""),
+        ("rm root/current", (QUIET, ACTIVE), ""),
+        ("true", (QUIET, ACTIVE.replace("=active", "=failed")), ""),
+        ("true", (QUIET, ACTIVE.replace("enabled", "disabled")), ""),
+        ("true", (QUIET.replace("inactive", "active"), ACTIVE), ""),
+        ("true", (), ""),
+    ],
+)
+def test_nothing_to_do_is_only_where_nothing_is(tmp_path: Path, meanwhile: str, states: tuple[str, ...], found: str):
+    """Installed, unchanged by hand, active and enabled, and no transaction; else the whole program looks."""
+    answer = "".join(f"{state}\n\n".replace(" ", "\n") for state in states)
+    script = f"""
+        cd "$1"; ROOT=$1/root UNITS=$1/units
+        mkdir -p units root/gen/000003/systemd; ln -s gen/000003 root/current; echo text >units/x.service
+        cp units/x.service root/gen/000003/systemd
+        (cd root/gen/000003; sha256sum systemd/x.service >SHA256SUMS)
+        hash=$(sha256sum <root/gen/000003/SHA256SUMS)
+        {meanwhile}
+        systemctl() {{ printf "{answer}"; }}
+        ! nothing_to_do "${{hash%% *}}" || printf "$FROM"
+    """
+    assert with_functions(script, str(tmp_path)) == found
+
+
+def test_what_comes_with_the_command_has_no_single_quotes():
+    """It is quoted twice on its way, and each would become five characters, then twenty-five."""
+    assert "'" not in UNCHANGED.read_text()
 
 
 def call(*argv: str) -> str:

@@ -21,7 +21,11 @@ from labdeploy.runners.ollama_store import MODEL_DIGEST, Recipe
 from labdeploy.tiny_model import write_tiny_model
 
 CODE = Path(labdeploy.__file__).parent
-PROGRAM = (CODE / "ollama.sh").read_text() + (CODE / "apply.sh").read_text().removesuffix('"$@"\n')
+PROGRAM = (
+    (CODE / "unchanged.sh").read_text()
+    + (CODE / "ollama.sh").read_text()
+    + (CODE / "apply.sh").read_text().removesuffix('"$@"\n')
+)
 MANIFEST = "manifests/registry.ollama.ai/library/llama/latest"
 
 
