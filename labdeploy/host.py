@@ -559,11 +559,11 @@ def start_kept(*words: str) -> str:
     text = _kept_program()
     kept = f'[ -r {KEPT_AT} ] && exec 4<{KEPT_AT} && [ "$(sha256sum <&4)" = "{_sum(text)}  -" ]'
     run = "PROGRAM_AT=/proc/self/fd/4; . /proc/self/fd/4"
-    ask = f'printf "want\tprogram\n"; PROGRAM=$(head -c {len(text)}); eval "$PROGRAM"'
+    ask = f'printf "want\\tprogram\\n"; PROGRAM=$(head -c {len(text)}); eval "$PROGRAM"'
     start = f"if {kept}; then {run}; else {ask}; fi"
     if words[0] == "push":
         unchanged = 'nothing_to_do "$3" && [ ! -d "$ROOT/gen/$FROM/stores" ]'
-        say = 'printf "result\tunchanged\t%s\n" "${FROM#"${FROM%%[!0]*}"}"'
+        say = 'printf "result\\tunchanged\\t%s\\n" "${FROM#"${FROM%%[!0]*}"}"'
         start = f"{program('unchanged.sh').decode()}\nif {unchanged}; then {say}; else {start}; fi"
     return _as_root(f"set -- {shlex.join(words)}; {start}")
 
