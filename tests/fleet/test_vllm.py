@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -91,15 +90,9 @@ def test_nothing_but_the_api_listens_where_others_can_reach(lab: VllmLab) -> Non
 
 def test_a_change_lets_a_running_stream_end(lab: VllmLab) -> None:
     """A restart for a new setting waits for the request that runs: all its tokens come, and no error."""
-    events: list[str] = []
-    client = threading.Thread(target=lambda: events.extend(lab.stream(3000)))
-    client.start()
-    while not events and client.is_alive():
-        time.sleep(0.1)
-    lab.set(max_model_len=4096)
-    changed = lab.push_ok()
-    client.join(60)
-    assert not client.is_alive()
+    with lab.streaming(3000) as events:
+        lab.set(max_model_len=4096)
+        changed = lab.push_ok()
     assert changed["services"]["chat"]["action"] == "restarted"
     assert events[-1] == "[DONE]"
     answers = [json.loads(event) for event in events[:-1]]
@@ -163,14 +156,9 @@ def test_two_hosts_serve_one_model(pair: VllmSpanLab) -> None:
     assert pair.complete()
     assert pair.n_ctx() == 8192
 
-    events: list[str] = []
-    client = threading.Thread(target=lambda: events.extend(pair.stream(500)))
-    client.start()
-    while not events and client.is_alive():
-        time.sleep(0.1)
-    pair.set(max_model_len=4096)
-    assert pair.ok("push", pair.host.name)["hosts"][pair.hosts[1].name]["result"] == "changed"
-    client.join(60)
+    with pair.streaming(500) as events:
+        pair.set(max_model_len=4096)
+        assert pair.ok("push", pair.host.name)["hosts"][pair.hosts[1].name]["result"] == "changed"
     assert events[-1] == "[DONE]"
     assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
     assert pair.n_ctx() == 4096

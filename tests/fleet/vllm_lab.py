@@ -91,8 +91,9 @@ class VllmLab(Lab):
     port = 8000
 
     def __post_init__(self) -> None:
-        for file in self.model.iterdir():
-            sandbox.copy_in(self.host, file, f"/srv/models/tiny/{file.name}")
+        for host in self.hosts:
+            for file in self.model.iterdir():
+                sandbox.copy_in(host, file, f"/srv/models/tiny/{file.name}")
         self.set()
 
     def set(self, **settings: Any) -> None:  # noqa: ANN401
@@ -137,6 +138,18 @@ class VllmLab(Lab):
         with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310
             yield from (line[6:].decode().strip() for line in answer if line.startswith(b"data: "))
 
+    @contextmanager
+    def streaming(self, max_tokens: int) -> Iterator[list[str]]:
+        """Stream a completion while something else is done, which begins with the first token; gives what came."""
+        events: list[str] = []
+        client = threading.Thread(target=lambda: events.extend(self.stream(max_tokens)))
+        client.start()
+        while not events and client.is_alive():
+            time.sleep(0.1)
+        yield events
+        client.join(60)
+        assert not client.is_alive()
+
     def in_build(self, name: str, script: str, argument: Any) -> tuple[list[Any], str]:  # noqa: ANN401
         """Run a script of this folder in the Python of a build on the host; gives its reports and all it said."""
         sandbox.copy_in(self.host, Path(__file__).with_name(script), f"/srv/{script}")
@@ -157,21 +170,15 @@ class VllmSpanLab(VllmLab):
     build: str = ""
     """The name of the build that both hosts have."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for file in self.model.iterdir():
-            sandbox.copy_in(self.hosts[1], file, f"/srv/models/tiny/{file.name}")
-
     def set(self, **settings: Any) -> None:  # noqa: ANN401
         """Write the inventory, with these settings of the span beside the usual ones."""
         self._write(self._big() | settings, {"vllm": self.build}, [])
 
     def set_ray(self) -> None:
         """Write it for Ray and its stand-in, which takes hosts with GPUs; that these have some is made up."""
+        python = f"/opt/labdeploy/runners/vllm/{self.build}/bin"
+        (self.folder / "vllm").write_text(f"#!{python}/python\n{RAY_STAND_IN.read_text()}")
         for host in self.hosts:
-            script = RAY_STAND_IN.read_text()
-            python = f"/opt/labdeploy/runners/vllm/{self.build}/bin"
-            (self.folder / "vllm").write_text(f"#!{python}/python\n{script}")
             sandbox.copy_in(host, self.folder / "vllm", "/opt/stand-in/vllm", mode="0755")
             sandbox.run(host, "ln", "-sfn", f"{python}/ray", "/opt/stand-in/ray")
         gpu = {"name": "RTX 3090", "vram": "24GiB", "compute_capability": "8.6"}
