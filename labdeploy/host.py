@@ -7,6 +7,7 @@ import functools
 import hashlib
 import io
 import logging
+import math
 import shlex
 import socket
 import threading
@@ -19,6 +20,7 @@ import paramiko
 from fabric import Config, Connection
 from paramiko.hostkeys import HostKeyEntry
 
+from labdeploy.deadlines import Watch
 from labdeploy.errors import FitError, HostError, InventoryError, LabdeployError, LockedError, ModelError
 from labdeploy.facts.answer import printable
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 CONNECT_S = 10
 AUTH_S = 20
 LOGIN_S = 45  # connecting and logging in as a whole: an agent may hold several keys, each with AUTH_S
+_WATCH = Watch()
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)  # it prints what we raise and explain
 CHANNEL_S = 20  # paramiko's own default is an hour
 KEEPALIVE_S = 15
@@ -135,11 +138,11 @@ class HostConnection:
 
     def __enter__(self) -> Self:
         host, ssh = self._host, self._host.ssh
-        self._connection = Connection(
+        self._connection = _Connection(
             host.address,
             user=ssh.user,
             port=ssh.port,
-            config=Config(overrides={"load_ssh_configs": True}),  # its own: Fabric writes into it
+            config=_ssh_settings(),
             connect_timeout=CONNECT_S,
             connect_kwargs=self._connect_kwargs(),
         )
@@ -288,7 +291,7 @@ class HostConnection:
         return kwargs
 
     def _new_transport(self, sock: socket.socket, **kwargs: Any) -> paramiko.Transport:  # noqa: ANN401
-        self._transport = _without_delay(sock, **kwargs)
+        self._transport = _transport_on(sock, **kwargs)
         return self._transport
 
     def _way(self) -> list[Connection]:
@@ -299,7 +302,7 @@ class HostConnection:
         way = [self._connection]
         while isinstance(jump := way[0].gateway, Connection):
             jump.connect_timeout = jump.connect_timeout or CONNECT_S
-            jump.connect_kwargs = {**jump.connect_kwargs, **_DEADLINES, "transport_factory": _without_delay}
+            jump.connect_kwargs = {**jump.connect_kwargs, **_DEADLINES, "transport_factory": _transport_on}
             way.insert(0, jump)
         return way
 
@@ -323,7 +326,7 @@ class HostConnection:
     # --- talking ------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _at_most(self, seconds: float | None, what: str) -> Iterator[None]:
+    def _at_most(self, seconds: float, what: str) -> Iterator[None]:
         """Cut the connection off after so long: some of paramiko's waits have no end of their own."""
         late = threading.Event()
 
@@ -332,16 +335,12 @@ class HostConnection:
             if self._transport:
                 self._transport.close()
 
-        timer = threading.Timer(seconds or threading.TIMEOUT_MAX, cut_off)
-        timer.daemon = True
-        timer.start()
         failure: Exception | None = None
         try:
-            yield
+            with _WATCH.at_most(seconds, cut_off):
+                yield
         except Exception as error:  # noqa: BLE001 (whatever it was: where we are late, it was ours)
             failure = error
-        finally:
-            timer.cancel()
         if late.is_set():
             raise HostError(f"{what} within {seconds:.0f} s", where=self._host.name) from failure
         if failure:
@@ -353,10 +352,10 @@ class HostConnection:
     ) -> Iterator[paramiko.Channel]:
         try:
             with self._at_most(CHANNEL_S, "no answer to a command"):
-                channel = self._connection.transport.open_session(timeout=CHANNEL_S)
+                channel = self._connection.transport.open_session(timeout=2 * CHANNEL_S)  # so that ours tells it
                 channel.settimeout(timeout_s)
                 channel.exec_command(command)
-            with self._at_most(whole_s, "not done"), contextlib.closing(channel):
+            with self._at_most(whole_s or math.inf, "not done"), contextlib.closing(channel):
                 yield channel
         except TimeoutError as error:
             raise HostError(f"no answer for {timeout_s:.0f} s", where=self._host.name) from error
@@ -461,15 +460,35 @@ class _ChannelSocket:
         return io.BufferedReader(_ChannelBytes(self._channel))
 
 
-def _without_delay(sock: socket.socket, **kwargs: Any) -> paramiko.Transport:  # noqa: ANN401
-    """Make a transport that sends small packets at once: connect and login take 22 ms instead of 64 (loopback).
+def _transport_on(sock: socket.socket, **kwargs: Any) -> paramiko.Transport:  # noqa: ANN401
+    """Make a transport for a socket.
 
-    And that ends when the host is gone without a word; without TCP_USER_TIMEOUT Linux goes on sending for 15 minutes.
+    It sends small packets at once: connect and login take 22 ms instead of 64 (loopback). It ends when the host is gone
+    without a word: without TCP_USER_TIMEOUT Linux goes on sending for 15 minutes. And it prefers AES-GCM, as OpenSSH 10
+    does: with other ciphers paramiko compares the checksum of each packet byte by byte in Python.
     """
     with contextlib.suppress(OSError, AttributeError):  # a jump host's channel is no TCP socket
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_S * 1000)
-    return paramiko.Transport(sock, **kwargs)
+    transport = paramiko.Transport(sock, **kwargs)
+    options = transport.get_security_options()
+    options.ciphers = sorted(options.ciphers, key=lambda name: "gcm" not in name)
+    return transport
+
+
+class _Connection(Connection):  # type: ignore[misc]
+    """A connection that only reads its configuration, so that those of many threads can share one.
+
+    Fabric 3.2 looks for each attribute that it sets whether it belongs into the configuration, and writes one there.
+    """
+
+    __setattr__ = object.__setattr__
+
+
+@functools.cache
+def _ssh_settings() -> Config:
+    """Read your SSH configuration, once for however many hosts."""
+    return Config(overrides={"load_ssh_configs": True})
 
 
 _DEADLINES = {"banner_timeout": CONNECT_S, "auth_timeout": AUTH_S, "channel_timeout": CHANNEL_S}

@@ -116,38 +116,45 @@ def test_what_could_not_be_tidied_is_tried_again(tmp_path: Path, removing: int, 
     assert with_functions(f"{stubs}; tidy; echo $?", str(tmp_path)).strip() == status
 
 
-QUIET = "Id=labdeploy-txn.service ActiveState=inactive UnitFileState=transient"
-ACTIVE = "Id=x.service ActiveState=active UnitFileState=enabled"
+RUNS = "x.service loaded active running a server"
+PUSHES = "labdeploy-txn.service loaded {} start a push"
 
 
 @pytest.mark.skipif(not shutil.which("dash"), reason="dash is not installed")
 @pytest.mark.parametrize(
     ("meanwhile", "states", "found"),
     [
-        ("true", (QUIET, ACTIVE), "000003"),
-        ("echo x >>units/x.service", (QUIET, ACTIVE), ""),
-        ("rm units/x.service", (QUIET, ACTIVE), ""),
-        ("mkdir units/x.service.d", (QUIET, ACTIVE), ""),
-        ("echo x >>root/gen/000003/SHA256SUMS", (QUIET, ACTIVE), ""),
-        ("touch root/pending", (QUIET, ACTIVE), ""),
-        ("rm root/current", (QUIET, ACTIVE), ""),
-        ("true", (QUIET, ACTIVE.replace("=active", "=failed")), ""),
-        ("true", (QUIET, ACTIVE.replace("enabled", "disabled")), ""),
-        ("true", (QUIET.replace("inactive", "active"), ACTIVE), ""),
+        ("true", (RUNS,), "000003"),
+        ("true", (PUSHES.format("failed"), RUNS), "000003"),
+        ("mv units/multi-user.target.wants units/default.target.wants", (RUNS,), "000003"),
+        ("echo x >>units/x.service", (RUNS,), ""),
+        ("rm units/x.service", (RUNS,), ""),
+        ("mkdir units/x.service.d", (RUNS,), ""),
+        ("rm units/multi-user.target.wants/x.service", (RUNS,), ""),
+        ("echo x >>root/gen/000003/SHA256SUMS", (RUNS,), ""),
+        ("touch root/pending", (RUNS,), ""),
+        ("rm root/current", (RUNS,), ""),
+        ("true", (RUNS.replace("active", "activating"),), ""),
+        ("true", (RUNS.replace("active", "failed"),), ""),
+        ("true", ("● " + RUNS.replace("active", "failed"),), ""),
+        ("true", (RUNS.replace("loaded active", "masked inactive"),), ""),
+        ("true", (PUSHES.format("activating"), RUNS), ""),
+        ("true", (PUSHES.format("active"), RUNS), ""),
         ("true", (), ""),
     ],
 )
 def test_nothing_to_do_is_only_where_nothing_is(tmp_path: Path, meanwhile: str, states: tuple[str, ...], found: str):
     """Installed, unchanged by hand, active and enabled, and no transaction; else the whole program looks."""
-    answer = "".join(f"{state}\n\n".replace(" ", "\n") for state in states)
+    answer = "\n".join(states)
     script = f"""
         cd "$1"; ROOT=$1/root UNITS=$1/units
-        mkdir -p units root/gen/000003/systemd; ln -s gen/000003 root/current; echo text >units/x.service
+        mkdir -p units/multi-user.target.wants root/gen/000003/systemd; ln -s gen/000003 root/current
+        echo text >units/x.service; ln -s /nowhere/x.service units/multi-user.target.wants
         cp units/x.service root/gen/000003/systemd
         (cd root/gen/000003; sha256sum systemd/x.service >SHA256SUMS)
         hash=$(sha256sum <root/gen/000003/SHA256SUMS)
         {meanwhile}
-        systemctl() {{ printf "{answer}"; }}
+        systemctl() {{ printf "{answer}\n"; }}
         ! nothing_to_do "${{hash%% *}}" || printf "$FROM"
     """
     assert with_functions(script, str(tmp_path)) == found

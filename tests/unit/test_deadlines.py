@@ -206,3 +206,21 @@ def test_a_host_that_is_gone_without_a_word_is_noticed(tmp_path: Path) -> None:
             assert there._connection.transport.packetizer._Packetizer__keepalive_interval == host.KEEPALIVE_S
     finally:
         good.close()
+
+
+def test_many_connections_share_one_configuration_and_write_nothing_into_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fabric writes what is set on a connection into its configuration, and merges it anew under whoever reads it."""
+    shared = host._ssh_settings()
+    monkeypatch.setattr(type(shared), "merge", lambda _self: pytest.fail("the configuration is merged again"))
+    before = repr(shared)
+    good = HangingHost("result")
+    good.released.set()
+    try:
+        with HostConnection(reachable(tmp_path, good.port), tmp_path) as there:
+            assert there._connection.config is shared
+            assert there._connection.transport.get_security_options().ciphers[0] == "aes128-gcm@openssh.com"
+    finally:
+        good.close()
+    assert repr(shared) == before
