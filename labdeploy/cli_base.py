@@ -1,4 +1,4 @@
-"""What commands share: the global options, questions to people and hosts, how reports and errors are printed."""
+"""What commands share: global options, plans, questions to people and hosts, how reports and errors are printed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from labdeploy.errors import InventoryError, LabdeployError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from labdeploy.generation import Generation
     from labdeploy.inventory import Inventory
+    from labdeploy.plan import HostPlan
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
@@ -115,3 +117,38 @@ def first_hint(errors: Iterable[LabdeployError]) -> str:
 def print_json(document: Any) -> None:  # noqa: ANN401
     """Print a report as the one JSON document of stdout."""
     click.echo(json.dumps(document, indent=2))
+
+
+def plans_for(options: Options, hosts: Sequence[str]) -> list[HostPlan]:
+    """Plan hosts of the inventory."""
+    return plans_of(options.inventory, hosts)
+
+
+def plans_of(inventory: Inventory, hosts: Sequence[str]) -> list[HostPlan]:
+    """Plan hosts of an inventory; of the others only what these need."""
+    from labdeploy import builds, lock, machines, plan  # noqa: PLC0415
+    from labdeploy.models.book import ModelBook  # noqa: PLC0415
+
+    known = lock.read(inventory.lock_path)
+    book, selected = ModelBook(inventory, known), inventory.select(hosts)
+    needed = inventory.with_companions(selected)
+    machines.require_known(needed, book.machine)
+    plans = plan.plan_hosts((builds.with_programs(host, known) for host in needed), book)
+    wanted = {host.name for host in selected}
+    return [p for p in plans if p.host.name in wanted]
+
+
+def generations_for(options: Options, plans: Sequence[HostPlan]) -> dict[str, Generation]:
+    """Render plans; FitError where one of them does not fit."""
+    from labdeploy import plan, render  # noqa: PLC0415
+    from labdeploy.generation import Generation, SpanMark  # noqa: PLC0415
+
+    plan.require_fit(plans)
+    environment = render.environment(options.inventory.folder)
+    return {
+        p.host.name: Generation(
+            render.render_host(p, environment),
+            {s.name: SpanMark(s.span_id, s.part.hosts) for s in p.services if s.part},
+        )
+        for p in plans
+    }

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from labdeploy.generation import Generation
-    from labdeploy.host import Payload, Target
+    from labdeploy.host import Payload
     from labdeploy.remembered import Push
+    from labdeploy.ssh import Target
 
 Result = Literal["changed", "unchanged", "rolled-back", "failed", "skipped", "would-change"]
 

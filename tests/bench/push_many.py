@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Self
 
 from labdeploy import deploy, report
 from labdeploy.errors import HostError
-from labdeploy.host import CONNECT_S, Line
+from labdeploy.host import Line
 from labdeploy.remembered import Login, Push
+from labdeploy.ssh import CONNECT_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from labdeploy.host import Target
+    from labdeploy.ssh import Target
 
 ROUND_TRIPS = 7
 OFF_EVERY = 100

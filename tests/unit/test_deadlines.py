@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import paramiko
 import pytest
 
-from labdeploy import deploy, host
+from labdeploy import deploy, ssh
 from labdeploy.errors import HostError
 from labdeploy.hardware import Cpu, Hardware
 from labdeploy.host import HostConnection
@@ -123,9 +123,9 @@ class HangingHost:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every deadline short."""
     for name, seconds in {"CONNECT_S": 1, "AUTH_S": 1, "CHANNEL_S": 1, "LOGIN_S": 3}.items():
-        monkeypatch.setattr(host, name, seconds * SHORT_S)
-    for name in host._DEADLINES:
-        monkeypatch.setitem(host._DEADLINES, name, SHORT_S)
+        monkeypatch.setattr(ssh, name, seconds * SHORT_S)
+    for name in ssh._DEADLINES:
+        monkeypatch.setitem(ssh._DEADLINES, name, SHORT_S)
 
 
 @pytest.fixture
@@ -201,9 +201,9 @@ def test_a_host_that_is_gone_without_a_word_is_noticed(tmp_path: Path) -> None:
     try:
         with HostConnection(reachable(tmp_path, good.port), tmp_path) as there:
             sock = there._connection.transport.sock
-            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == host.DEAD_S * 1000
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == ssh.DEAD_S * 1000
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-            assert there._connection.transport.packetizer._Packetizer__keepalive_interval == host.KEEPALIVE_S
+            assert there._connection.transport.packetizer._Packetizer__keepalive_interval == ssh.KEEPALIVE_S
     finally:
         good.close()
 
@@ -212,7 +212,7 @@ def test_many_connections_share_one_configuration_and_write_nothing_into_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fabric writes what is set on a connection into its configuration, and merges it anew under whoever reads it."""
-    shared = host._ssh_settings()
+    shared = ssh._ssh_settings()
     monkeypatch.setattr(type(shared), "merge", lambda _self: pytest.fail("the configuration is merged again"))
     before = repr(shared)
     good = HangingHost("result")
