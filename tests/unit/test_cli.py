@@ -206,7 +206,7 @@ def test_exit_codes(lab: Lab, monkeypatch: pytest.MonkeyPatch, error: BaseExcept
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_plans", fail)
+    monkeypatch.setattr(cli, "plans_for", fail)
     ran = lab.bare("plan")
     assert ran.code == code
     assert ran.out == ""
@@ -225,7 +225,7 @@ def test_a_bug_is_told_in_a_line_and_shown_with_v(lab: Lab, monkeypatch: pytest.
     def fail(*_: object) -> None:
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr(cli, "_plans", fail)
+    monkeypatch.setattr(cli, "plans_for", fail)
     ran = lab.bare("plan")
     assert ran.err == (
         "error: unexpected: ZeroDivisionError: by zero\n\nhint: run it again with -v and report what it prints\n"
