@@ -211,7 +211,8 @@ rollback() { # ID GENERATION BY WATCH_S CONFIRM_S OPTIONS; GENERATION `previous`
 UNSETTLED="[ ! -e $ROOT/pending -a ! -e $ROOT/undo -a ! -e $ROOT/incoming ] || exec systemctl start --no-block $RECOVER_UNIT"
 
 run_txn() { # VERB ID TARGET BY WATCH_S CONFIRM_S OPTIONS: the transaction as a service that outlives this connection
-    command -v curl >/dev/null || refuse 2 "curl is not installed here" "apt-get install curl  (or your system's like)"
+    curl --fail-with-body --version >/dev/null 2>&1 ||
+        refuse 2 "curl is not installed here, or older than 7.76" "apt-get install curl  (or your system's like)"
     _size=$(program | wc -c)
     _n=0 # the unit of a push that has ended stays loaded for a moment more, and its name with it
     while [ "$(systemctl show -p LoadState --value "$TXN_UNIT")" = loaded ] && [ $((_n += 1)) -le 100 ]; do
@@ -365,7 +366,7 @@ preflight() { # nothing is written on disk yet
     done
     for _u in $(units_in "$NEW"); do
         preflight_service "$_u"
-        _said=$(SYSTEMD_LOG_LEVEL=warning systemd-analyze verify --man=no --recursive-errors=no "$NEW/systemd/$_u" 2>&1 |
+        _said=$(SYSTEMD_LOG_LEVEL=warning systemd-analyze verify --man=no "$NEW/systemd/$_u" 2>&1 |
             grep -F "$_u" | one_line)
         [ -z "$_said" ] || refuse 2 "systemd does not accept $_u: $_said" "labdeploy render --stdout  (look at that unit)"
     done
@@ -423,7 +424,7 @@ port_free() { # NAME: nobody else listens where it will; who does is told by ss,
         _pid=$(printf '%s' "$_who" | sed -n 's/.*pid=\([0-9]*\).*/\1/p')
         [ -n "$_pid" ] || continue # not of this host
         _owner=$(sed -n 's|.*/\([^/]*\.service\)$|\1|p' "/proc/$_pid/cgroup" 2>/dev/null | head -n 1)
-        case " $adopt $(units_of "$FROM" | tr '\n' ' ')" in *" $_owner "*) continue ;; esac
+        [ -z "$_owner" ] || case " $adopt $(units_of "$FROM" | tr '\n' ' ')" in *" $_owner "*) continue ;; esac
         printf 'pid %s of %s' "$_pid" "${_owner:-no unit}"
         break
     done >"$TXN/port"
@@ -793,7 +794,7 @@ arm() { # all that is needed to go either way, durable, before the first install
         show "$_u"
         [ "$active" != active ] || was_active="$was_active $_u=$invocation"
     done
-    [ "$FROM" = "$EMPTY" ] || was_disabled=$(unit_states "$FROM" | sed -n '/ enabled$/d; s/ .*//p' | tr '\n' ' ')
+    [ "$FROM" = "$EMPTY" ] || was_disabled=$(unit_states "$FROM" | sed -n '/ enabled$/d; / masked$/d; / $/d; s/ .*//p' | tr '\n' ' ')
     stage_forward && stage_back && durable "$ROOT/incoming" && durable "$ROOT/undo" && sync "$ROOT" &&
         intent armed | put "$ROOT/pending" ||
         refuse 1 "no room in $ROOT for what an undo needs" "make room there; nothing was changed"
@@ -815,8 +816,10 @@ stage_forward() {
 
 stage_back() {
     ln -s "gen/$FROM" "$ROOT/undo/current" || return 1
-    for _u in $changed $touched $removed; do
-        [ ! -e "$UNITS/$_u" ] || cp -p "$UNITS/$_u" "$ROOT/undo/$_u" || return 1
+    for _u in $changed $touched $removed; do # what was deleted or masked by hand comes back as it was pushed
+        _is=$UNITS/$_u
+        [ -f "$_is" ] || _is=$ROOT/gen/$FROM/systemd/$_u
+        cp -pP "$_is" "$ROOT/undo/$_u" || return 1
     done
     intent committed >"$ROOT/undo/committed" && intent restored >"$ROOT/undo/restored" &&
         head -c 8192 /dev/zero >"$ROOT/undo/room"
@@ -1002,15 +1005,19 @@ watch() { # a while longer: a service that crashes seconds after its first answe
     emit step watch "$WATCH_S"
     _until=$(($(centiseconds) + WATCH_S * 100))
     while [ "$(centiseconds)" -lt "$_until" ]; do
-        for _u in "$@"; do
-            show "$_u"
-            if [ "$active" != active ] || [ "$restarts" -gt 0 ]; then
-                unit=$_u _name=$(service_of "$_u")
-                last_words
-                fail "$_name: was ready, then stopped: $active, $sub, $result, $restarts restarts"
-            fi
-        done
+        still_up "$@"
         sleep 0.5
+    done
+}
+
+still_up() { # UNIT...
+    for _u in "$@"; do
+        show "$_u"
+        if [ "$active" != active ] || [ "$restarts" -gt 0 ]; then
+            unit=$_u _name=$(service_of "$_u")
+            last_words
+            fail "$_name: was ready, then stopped: $active, $sub, $result, $restarts restarts"
+        fi
     done
 }
 
@@ -1022,6 +1029,7 @@ confirmed() { # the controller reaches this host over a new connection, or the o
         [ "$(centiseconds)" -lt "$_until" ] || fail "nobody confirmed within $CONFIRM_S s"
         sleep 0.05
     done
+    still_up $changed $added $start # hosts of a span wait long for one another
 }
 
 denied() { # heard only on the way forward

@@ -121,10 +121,16 @@ class LocalFile:
         return self._digest.hexdigest()
 
     def _read(self, n: int | None) -> Iterator[bytes]:
-        while chunk := self._file.read(CHUNK if n is None else min(n, CHUNK)):
+        while chunk := self._chunk(CHUNK if n is None else min(n, CHUNK)):
             n = None if n is None else n - len(chunk)
             self._digest.update(chunk)
             yield chunk
+
+    def _chunk(self, n: int) -> bytes:
+        try:
+            return self._file.read(n)
+        except OSError as error:  # told as what it is, for an OSError is also how a connection ends
+            raise InventoryError(f"cannot be read: {error.strerror}", where=str(self._path)) from error
 
 
 class HostFile:

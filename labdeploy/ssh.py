@@ -89,16 +89,7 @@ class SshConnection:
         return self._host.name
 
     def __enter__(self) -> Self:
-        host, ssh = self._host, self._host.ssh
-        self._connection = _Connection(
-            host.address,
-            user=ssh.user,
-            port=ssh.port,
-            config=_ssh_settings(),
-            connect_timeout=CONNECT_S,
-            connect_kwargs=self._connect_kwargs(),
-        )
-        at = self._connection
+        at = self._connection = self._configured()
         try:
             with self._at_most(LOGIN_S, "no login"):
                 for at in self._way():
@@ -116,6 +107,22 @@ class SshConnection:
                 connection.close()
 
     # --- connecting ---------------------------------------------------------------------------------------------
+
+    def _configured(self) -> _Connection:
+        host, ssh, kwargs = self._host, self._host.ssh, self._connect_kwargs()
+        try:
+            return _Connection(
+                host.address,
+                user=ssh.user,
+                port=ssh.port,
+                config=_ssh_settings(),
+                forward_agent=False,
+                connect_timeout=CONNECT_S,
+                connect_kwargs=kwargs,
+            )
+        except Exception as error:  # whatever Fabric does not take: it has no errors of its own for that
+            what = f"your SSH configuration for {host.address} cannot be used ({type(error).__name__}: {error})"
+            raise HostError(what, where=host.name, hint=f"ssh -G {host.address}  (shows what it says)") from error
 
     def _connect_kwargs(self) -> dict[str, Any]:
         kwargs: dict[str, Any] = {**_DEADLINES, "transport_factory": self._new_transport}
@@ -209,6 +216,8 @@ class SshConnection:
         except paramiko.ChannelException as error:
             what = f"nothing answers at {address}:{port} on the host ({error.text})"
             raise HostError(what, where=self._host.name) from error
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            raise self._translated(error, self._connection) from error
         channel.settimeout(timeout_s)
         return ChannelSocket(channel)
 
@@ -334,11 +343,18 @@ class _Connection(Connection):  # type: ignore[misc]
 
     __setattr__ = object.__setattr__
 
+    def get_gateway(self) -> Any:  # noqa: ANN401 (a connection, a command, or none)
+        """Give the way in; `ProxyJump none` of ssh_config(5) is no host of that name."""
+        return None if self.ssh_config.get("proxyjump", "").lower() == "none" else super().get_gateway()
+
 
 @functools.cache
 def _ssh_settings() -> Config:
-    """Read your SSH configuration, once for however many hosts."""
-    return Config(overrides={"load_ssh_configs": True})
+    """Read your SSH configuration, once for however many hosts.
+
+    Given as an object, for Fabric reads the files of any other again, into it, with each jump host (`Config.clone`).
+    """
+    return Config(ssh_config=Config(overrides={"load_ssh_configs": True}).base_ssh_config)
 
 
 _DEADLINES = {"banner_timeout": CONNECT_S, "auth_timeout": AUTH_S, "channel_timeout": CHANNEL_S}

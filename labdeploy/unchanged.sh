@@ -52,5 +52,5 @@ starts_at_boot() { # UNIT; apply.sh has globbing off
     set -- "$UNITS"/*.wants/"$1" "$UNITS"/*.requires/"$1"
     set -f
     for _l; do [ ! -L "$_l" ] || return 0; done
-    return 1
+    [ "$(systemctl is-enabled "${1##*/}" 2>/dev/null)" = enabled ] # Alias=, UpheldBy=
 }

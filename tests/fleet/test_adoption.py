@@ -123,12 +123,15 @@ def test_a_unit_of_a_package(fresh_host: SandboxHost, tiny_model: Path, tmp_path
     assert lab.on_host("systemctl", "is-enabled", "packaged.service", check=False) == "disabled"
 
 
-def test_a_port_that_is_taken(lab: Lab) -> None:
-    """Who holds the port is named before anything stops."""
-    lab.on_host(
-        "systemd-run", "--unit=squatter", "/usr/bin/llama-server", "--model", "/srv/models/tiny.gguf",
-        "--host", lab.host.address, "--port", "8080", "--ctx-size", "256", "--device", "none",
-    )  # fmt: skip
+@pytest.mark.parametrize("kind", ["service", "scope"])
+def test_a_port_that_is_taken(lab: Lab, kind: str) -> None:
+    """Who holds the port is named before anything stops: a service, or a program that somebody started by hand."""
+    squatter = (
+        "/usr/bin/llama-server --model /srv/models/tiny.gguf "
+        f"--host {lab.host.address} --port 8080 --ctx-size 256 --device none"
+    )
+    start = {"service": squatter, "scope": f"--scope sh -c '{squatter} >/dev/null 2>&1 &'"}[kind]
+    lab.on_host("sh", "-c", f"systemd-run --unit=squatter {start}")
     for _ in range(50):
         if str(8080) in lab.on_host("ss", "-Hltn", "sport = :8080"):
             break
@@ -136,4 +139,4 @@ def test_a_port_that_is_taken(lab: Lab) -> None:
     ended = lab.push()
     assert ended.code == 2
     assert "port 8080 is taken by pid" in ended.err
-    assert "squatter.service" in ended.err
+    assert {"service": "squatter.service", "scope": "no unit"}[kind] in ended.err

@@ -195,6 +195,36 @@ def test_a_change_by_hand_is_never_overwritten_silently(lab: Lab) -> None:
     assert lab.run("diff", "--exit-code").code == 0
 
 
+@pytest.mark.parametrize("by_hand", ["rm", "ln -sfn /dev/null"])
+@pytest.mark.parametrize("then", [{"ctx_size": 2048}, None], ids=["changed", "removed"])
+def test_an_undo_is_whole_where_a_unit_was_deleted_or_masked(
+    lab: Lab, by_hand: str, then: dict[str, int] | None
+) -> None:
+    """It comes back as it was pushed, and the host can be pushed to again."""
+    notes = {"runner": "llama-server", "model": "tiny", "port": 8081, "bind": lab.host.address, "cache_ram": "0MiB"}
+    lab.services = {"notes": notes | {"ctx_size": 1024}}
+    lab.set()
+    lab.push_ok()
+    unit = "/etc/systemd/system/labdeploy-notes.service"
+    pushed = lab.on_host("cat", unit)
+    lab.on_host("sh", "-c", f"{by_hand} {unit}; systemctl daemon-reload")
+    lab.services = {} if then is None else {"notes": notes | then}
+    lab.set(ctx_size=4096, flags=["--no-such-flag"])
+    ended = lab.push("--overwrite-drift")
+    assert ended.code == 5, ended.err
+
+    state = lab.run("status", "--json").json["hosts"][lab.host.name]
+    assert (state["generation"], state["good"], state["pending"]) == (1, 1, False)
+    assert state["drift"] == []
+    assert lab.on_host("cat", unit) == pushed
+    assert lab.show("UnitFileState", "labdeploy-notes.service") == "enabled"
+    assert lab.show("ActiveState", "labdeploy-notes.service") == "active"
+    assert lab.n_ctx() == 2048
+    lab.services = {"notes": notes | {"ctx_size": 1024}}
+    lab.set(ctx_size=4096)
+    assert lab.push_ok()["generation"] == 3
+
+
 def test_looking(lab: Lab) -> None:
     """Status, history, check and logs say what the contract says."""
     lab.push_ok()

@@ -17,10 +17,13 @@ from labdeploy.hardware import Cpu, Hardware
 from labdeploy.host import HostConnection
 from labdeploy.inventory import Host, Ssh
 from labdeploy.schema import Mib
+from labdeploy.ssh import SshConnection
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from fabric import Connection
 
 SHORT_S = 1
 PATIENCE_S = 30  # of the test itself; what it waits for takes a second on an idle machine
@@ -208,6 +211,18 @@ def test_a_host_that_is_gone_without_a_word_is_noticed(tmp_path: Path) -> None:
         good.close()
 
 
+def test_a_connection_that_has_ended_is_told_as_that_hosts_error(tmp_path: Path) -> None:
+    """Whatever is asked of it next, a check of its service through a tunnel, too."""
+    good = HangingHost("result")
+    try:
+        with HostConnection(reachable(tmp_path, good.port), tmp_path) as there:
+            there._connection.transport.close()
+            with pytest.raises(HostError, match="h1: "):
+                there.http("127.0.0.1", 8080, 1)
+    finally:
+        good.close()
+
+
 def test_many_connections_share_one_configuration_and_write_nothing_into_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,3 +239,31 @@ def test_many_connections_share_one_configuration_and_write_nothing_into_it(
     finally:
         good.close()
     assert repr(shared) == before
+
+
+def test_your_ssh_configuration_is_read_once_and_what_it_cannot_say_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jump hosts add nothing to it, `none` is no host, and what Fabric does not take is an error of that host."""
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / ".ssh" / "config").write_text(
+        "Host behind\n  ProxyJump jump\nHost here\n  ProxyJump none\nHost wrong\n  ConnectTimeout soon\n  Port ssh\n"
+    )
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ssh._ssh_settings.cache_clear()
+    shared = ssh._ssh_settings()
+    rules = len(shared.base_ssh_config._config)
+
+    def configured(address: str) -> Connection:
+        host = Host(Hardware(Cpu(1), Mib(1024)), address=address, ssh=Ssh(None, None, None, None), name="h1")
+        return SshConnection(host, tmp_path)._configured()
+
+    try:
+        assert configured("behind").gateway.host == "jump"
+        assert configured("here").gateway is None
+        assert len(shared.base_ssh_config._config) == rules
+        with pytest.raises(HostError, match="your SSH configuration for wrong cannot be used") as raised:
+            configured("wrong")
+        assert raised.value.hint.startswith("ssh -G wrong")
+    finally:
+        ssh._ssh_settings.cache_clear()

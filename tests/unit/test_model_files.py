@@ -224,6 +224,16 @@ def test_a_file_is_hashed_while_it_is_read(tmp_path: Path):
             source.sha256()
 
 
+def test_a_disk_that_cannot_be_read_is_told_as_that(tmp_path: Path):
+    """Not as a host that does not answer: an OSError is also how connections end."""
+    (tmp_path / "a.gguf").write_bytes(b"x")
+    with model_copy.LocalFile(tmp_path / "a.gguf") as source:
+        source._file.close()
+        source._file = (tmp_path / "b").open("wb", buffering=0)  # reading from it is an OSError
+        with pytest.raises(InventoryError, match="cannot be read"):
+            source.start(1)
+
+
 # --- manifests ----------------------------------------------------------------------------------------------------
 
 
