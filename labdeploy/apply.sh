@@ -199,7 +199,7 @@ rollback() { # ID GENERATION BY WATCH_S CONFIRM_S OPTIONS; GENERATION `previous`
         _to=$(printf '%06d' "$_to")
     fi
     [ -d "$ROOT/gen/$_to" ] ||
-        refuse 2 "generation $(number "$_to") is not kept here" "labdeploy history  (lists the generations that are)"
+        refuse 2 "generation $(number "$_to") is not kept here" "labdeploy history  # lists the generations that are"
     if [ "$_to" = "$_g" ] && [ ! -e "$ROOT/pending" ] && [ -z "$(drift)" ]; then
         emit result unchanged "$(number "$_g")"
         exit 0
@@ -212,7 +212,7 @@ UNSETTLED="[ ! -e $ROOT/pending -a ! -e $ROOT/undo -a ! -e $ROOT/incoming ] || e
 
 run_txn() { # VERB ID TARGET BY WATCH_S CONFIRM_S OPTIONS: the transaction as a service that outlives this connection
     curl --fail-with-body --version >/dev/null 2>&1 ||
-        refuse 2 "curl is not installed here, or older than 7.76" "apt-get install curl  (or your system's like)"
+        refuse 2 "curl is not installed here, or older than 7.76" "apt-get install curl  # or your system's like"
     _size=$(program | wc -c)
     _n=0 # the unit of a push that has ended stays loaded for a moment more, and its name with it
     while [ "$(systemctl show -p LoadState --value "$TXN_UNIT")" = loaded ] && [ $((_n += 1)) -le 100 ]; do
@@ -278,7 +278,7 @@ take_over() { # what an earlier push has left is finished first; from here on no
 fetch() { # GENERATION that is kept here
     TO=$1 NEW=$ROOT/gen/$1
     [ "$1" = "$EMPTY" ] || (cd "$NEW" && sha256sum --quiet -c SHA256SUMS >/dev/null 2>&1) ||
-        refuse 2 "generation $(number "$1") is damaged" "labdeploy history  (lists the others)"
+        refuse 2 "generation $(number "$1") is damaged" "labdeploy history  # lists the others"
 }
 
 decide() { # what would change, and what the plan was before, for the one who reads the recap
@@ -362,13 +362,13 @@ preflight() { # nothing is written on disk yet
     for _u in $adopt; do
         [ "$VERB" = rollback ] || option adopt ||
             refuse 2 "$_u exists and was not made by labdeploy: $(describe "$_u")" \
-                "labdeploy push {host} --adopt  (keeps it aside; rollback brings it back exactly)"
+                "labdeploy push {host} --adopt  # keeps it aside; rollback brings it back exactly"
     done
     for _u in $(units_in "$NEW"); do
         preflight_service "$_u"
         _said=$(SYSTEMD_LOG_LEVEL=warning systemd-analyze verify --man=no "$NEW/systemd/$_u" 2>&1 |
             grep -F "$_u" | one_line)
-        [ -z "$_said" ] || refuse 2 "systemd does not accept $_u: $_said" "labdeploy render --stdout  (look at that unit)"
+        [ -z "$_said" ] || refuse 2 "systemd does not accept $_u: $_said" "labdeploy render --stdout  # look at that unit"
     done
     prove_all
 }
@@ -540,7 +540,7 @@ prove_all() { # every service that will start counts its memory, and all togethe
             warn) emit warning "${_line%% *}" "${_line#* }" ;;
             refuse) # a rollback is tried all the same: where it does not fit, what runs now comes back
                 [ "$VERB" = push ] || { emit warning memory "$_line"; continue; }
-                refuse 3 "does not fit: $_line" "labdeploy plan {host}  (then a smaller ctx_size, or reserve: what others use)" ;;
+                refuse 3 "does not fit: $_line" "labdeploy plan {host}  # then a smaller ctx_size, or reserve: what others use" ;;
         esac
     done <"$TXN/verdict"
 }

@@ -224,7 +224,7 @@ def find_lock(folder: Path, version: str, facts: Facts) -> WheelLock:
     if not found:
         raise InventoryError(
             f"no lock of vLLM {version} in {folder / LOCKS}",
-            hint=f"labdeploy runner lock vllm {version}  (--help shows variants and Pythons)",
+            hint=f"labdeploy runner lock vllm {version}  # --help shows variants and Pythons",
         )
     by_fit = sorted(found, key=lambda lock: (lock.asks.driver, lock.python in facts.pythons, lock.python), reverse=True)
     suits = [
@@ -252,7 +252,7 @@ def refusals(lock: WheelLock, facts: Facts) -> Iterator[tuple[str, str]]:
 def _gpu_refusals(lock: WheelLock, facts: Facts) -> Iterator[tuple[str, str]]:
     asks, other = lock.asks, f"labdeploy runner lock vllm {lock.version} --variant"
     if facts.driver is None:
-        yield "no NVIDIA driver is loaded", f"{other} cpu  (or install the driver)"
+        yield "no NVIDIA driver is loaded", f"{other} cpu  # or install the driver"
     elif _numbers(facts.driver) < asks.driver:
         older = next((name for name, v in VARIANTS.items() if v.driver and v.driver <= _numbers(facts.driver)), None)
         hint = f"{other} {older}" if older else "install a newer driver"

@@ -147,7 +147,7 @@ install_wheels() { # NAME, PYTHON version, SHIM version or -, DEVICE it must fin
     emit step "installing with $("$_uv" --version | cut -d' ' -f1-2)"
     # --relocatable: the folder is renamed when it is done.
     "$_uv" venv --quiet --relocatable --allow-existing --python "$_python" "$new" >"$RUN/said" 2>&1 ||
-        give_up "there is no Python $_python for it" "apt-get install python$_python  (or your system's like)"
+        give_up "there is no Python $_python for it" "apt-get install python$_python  # or your system's like"
     if [ -d "$_in/wheels" ]; then set -- "$@" --offline --no-index --find-links "$_in/wheels"; fi
     "$_uv" pip sync --quiet --require-hashes "$@" --python "$new/bin/python" "$_in/lock.txt" \
         >"$RUN/said" 2>&1 || give_up "uv could not install it"
@@ -189,7 +189,7 @@ print("device", current_platform.device_type)
 
 package_of() { # MESSAGE that names a library: the package that has it, as Debian and Ubuntu call them
     case $1 in
-        *libnuma.so.1*) echo "libnuma1  (or your system's like)" ;;
+        *libnuma.so.1*) echo "libnuma1  # or your system's like" ;;
         *) echo "what has this library" ;;
     esac
 }
@@ -204,7 +204,7 @@ install_archive() { # RUNNER NAME SHA256 PACKING
         gz) set -- "$1" "$3" -z ;;
         zst) set -- "$1" "$3" --zstd
             command -v zstd >/dev/null || refuse 2 "zstd is not installed here" \
-                "apt-get install zstd  (or unpack it here and name the folder: --from FOLDER)" ;;
+                "apt-get install zstd  # or unpack it here and name the folder: --from FOLDER" ;;
         *) set -- "$1" "$3" --no-same-owner ;;
     esac
     tar -x "$3" -f "$new/archive" -C "$new" --no-same-owner >"$RUN/said" 2>&1 || give_up "tar could not unpack it"

@@ -267,7 +267,7 @@ def _packed(source: Path, sha256: str | None) -> tuple[str, Path | bytes]:
         hint = "unpack it here and give the folder: --from FOLDER"
         raise InventoryError(f"is not one of {', '.join(PACKINGS)}", where=str(source), hint=hint)
     if not sha256:
-        hint = f"--sha256 {_sha256(source)}  (if that is what its publisher says)"
+        hint = f"--sha256 {_sha256(source)}  # if that is what its publisher says"
         raise InventoryError("an archive needs the sha256 that its publisher gives", where=str(source), hint=hint)
     return packing, source
 

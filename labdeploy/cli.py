@@ -199,7 +199,7 @@ def check(options: Options, hosts: tuple[str, ...], samples: int, set_baseline: 
     slow = [host for host, _, result in found if result.regressed]
     told = [f"{host}: {name}: {r.error or f'got slower: {r.regressed}'}" for host, name, r in found if r.failed]
     hint = f"labdeploy logs {ill[0][0]} {ill[0][1]} -n 50" if ill else ""
-    accept = f"labdeploy check {slow[0]} --set-baseline  (if it shall be so from now on)" if slow else ""
+    accept = f"labdeploy check {slow[0]} --set-baseline  # if it shall be so from now on" if slow else ""
     tell_all(told, hint or accept)
     return max(code, CheckError.exit_code if told else 0)
 
@@ -218,7 +218,7 @@ def logs(options: Options, host: str, service: str, follow: bool, lines: int) ->
     target = options.inventory.host(host)
     if service not in target.services:
         near = did_you_mean(service, target.services)
-        what, hint = f"{host} has no service {service!r}{near}", f"labdeploy plan {host}  (names its services)"
+        what, hint = f"{host} has no service {service!r}{near}", f"labdeploy plan {host}  # names its services"
         raise InventoryError(what, where=str(options.inventory.path), hint=hint)
     argv = ["journalctl", "--no-pager", "-o", "short-iso", "-n", str(lines), "-u", target.services[service].unit or ""]
     with HostConnection(target, options.inventory.folder) as connection:

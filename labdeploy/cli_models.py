@@ -216,7 +216,7 @@ def _refuse_used(host: str, found: Sequence[Any]) -> None:
     """Say before anything is asked what would be refused; the host asks again when it has its lock."""
     what = [f"{host}: {model.name} is in use by {', '.join(model.users)}" for model in found if model.users]
     if what:
-        hint = f"labdeploy history {host}  (it can go when no kept generation names it)"
+        hint = f"labdeploy history {host}  # it can go when no kept generation names it"
         raise InventoryError("\n".join(what), hint=hint)
 
 

@@ -50,7 +50,7 @@ def pick(
     else:
         click.echo(report.pick_text(found), nl=False)
     if not found.best:
-        hint = f"labdeploy plan --what-if  (tries other settings); or another model: {', '.join(inventory.models)}"
+        hint = f"labdeploy plan --what-if  # tries other settings; or another model: {', '.join(inventory.models)}"
         raise FitError(f"{wish.model} does not fit with {found.runner} on any of {len(selected)} hosts", hint=hint)
 
 

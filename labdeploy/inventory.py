@@ -274,7 +274,7 @@ class Inventory(InventoryKeys):
                 raise InventoryError(
                     f"no host or group is named {pattern!r}{near}",
                     where=str(self.path),
-                    hint="labdeploy plan  (without a name: every host)",
+                    hint="labdeploy plan  # without a name: every host",
                 )
             wanted |= found
         return [host for name, host in self.hosts.items() if name in wanted or not patterns]
@@ -289,7 +289,7 @@ class Inventory(InventoryKeys):
         """Give one host by its exact name."""
         if name not in self.hosts:
             what = f"no host is named {name!r}{did_you_mean(name, self.hosts)}"
-            raise InventoryError(what, where=str(self.path), hint="labdeploy plan  (names every host)")
+            raise InventoryError(what, where=str(self.path), hint="labdeploy plan  # names every host")
         return self.hosts[name]
 
 
@@ -304,7 +304,7 @@ def load(path: Path, edit: Callable[[yaml.Node], yaml.Node] | None = None) -> In
     if keys is not None:
         _check_across(keys, root, place)
     if keys is None or place.problems:
-        raise InventoryProblemsError(place.problems, hint=f"labdeploy -i {path} render  (once they are mended)")
+        raise InventoryProblemsError(place.problems, hint=f"labdeploy -i {path} render  # once they are mended")
     hosts = with_parts({name: _complete(name, host, keys.defaults) for name, host in keys.hosts.items()})
     return Inventory(hosts=hosts, models=keys.models, groups=keys.groups, defaults=keys.defaults, path=path)
 

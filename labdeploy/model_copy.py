@@ -361,7 +361,7 @@ class Copy:
         if need > looked.free_bytes:
             folder = _folder(self.host)
             what = f"{folder} has {_mib(looked.free_bytes)} MiB free, this needs {_mib(need)} MiB"
-            hint = f"labdeploy models ls {self.host.name}  (shows what could go: labdeploy models rm)"
+            hint = f"labdeploy models ls {self.host.name}  # shows what could go: labdeploy models rm"
             raise InventoryError(what, where=self.host.name, hint=hint)
 
     def _require_leave(self, looked: _Looked, items: Sequence[Item]) -> None:
@@ -370,7 +370,7 @@ class Copy:
         for name in other:
             if users := looked.users.get(name):
                 what = f"another {name} is there and in use by {', '.join(users)}"
-                hint = f"labdeploy models push {self.host.name} FILE --as OTHER-NAME  (then name that in the inventory)"
+                hint = f"labdeploy models push {self.host.name} FILE --as OTHER-NAME  # then name that in the inventory"
                 raise InventoryError(what, where=self.host.name, hint=hint)
         if new := set(other) - self._replaced:
             self.may_replace(f"{self.host.name} has another {', '.join(sorted(new))}, which nothing uses. Replace it?")

@@ -47,7 +47,7 @@ def items(
             if got := [item for _, item in sources if item]:
                 found.setdefault(host, []).append(got)
     if nobody:
-        raise InventoryError("\n".join(nobody), hint="labdeploy models restore MANIFEST --from DIR  (where they are)")
+        raise InventoryError("\n".join(nobody), hint="labdeploy models restore MANIFEST --from DIR  # where they are")
     return found
 
 

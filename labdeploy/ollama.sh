@@ -48,7 +48,7 @@ preflight_store() { # NAME: can the model get into its store?
 refuse_link() { # NAME WHY: what a copy would cost, for the one who decides
     _free=$(df -Pk "${store%/.ollama/*}" | awk 'NR == 2 { print int($4 / 1024) }')
     refuse 2 "$1: no hard link of $model in $store ($2); a copy takes $((model_bytes / 1048576)) MiB, $_free MiB are free" \
-        "write import_by: copy  (in the inventory, for this service)"
+        "write import_by: copy  # in the inventory, for this service"
 }
 
 version_suits() { # VERSION: is it the one of the plan? 0.0.0 is a build that was not told its own

@@ -23,5 +23,5 @@ def find(given: Path | None) -> Path:
             return folder / FILE_NAME
     raise InventoryError(
         f"no {FILE_NAME} in {here} or above it",
-        hint=f"labdeploy -i PATH/{FILE_NAME} ...  (or: labdeploy sandbox up, which writes one)",
+        hint=f"labdeploy -i PATH/{FILE_NAME} ...  # or: labdeploy sandbox up, which writes one",
     )

@@ -184,7 +184,7 @@ class UrlFile:
         raise ModelError(
             f"the server ignores range requests and would send {whole}; only the header is wanted",
             where=self.url,
-            hint="download the file, then labdeploy inspect FILE  (or HOST:PATH, where a host has it)",
+            hint="download the file, then labdeploy inspect FILE  # or HOST:PATH, where a host has it",
         )
 
 

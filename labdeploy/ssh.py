@@ -122,7 +122,7 @@ class SshConnection:
             )
         except Exception as error:  # whatever Fabric does not take: it has no errors of its own for that
             what = f"your SSH configuration for {host.address} cannot be used ({type(error).__name__}: {error})"
-            raise HostError(what, where=host.name, hint=f"ssh -G {host.address}  (shows what it says)") from error
+            raise HostError(what, where=host.name, hint=f"ssh -G {host.address}  # shows what it says") from error
 
     def _connect_kwargs(self) -> dict[str, Any]:
         kwargs: dict[str, Any] = {**_DEADLINES, "transport_factory": self._new_transport}
@@ -133,7 +133,7 @@ class SshConnection:
             try:
                 kwargs |= {"pkey": _login_key(key), "look_for_keys": False, "allow_agent": False}
             except Exception as error:  # each kind of key has its own ways to be unreadable
-                hint = f"ssh-keygen -y -f {key}  (or leave ssh.key out, and have it in your agent)"
+                hint = f"ssh-keygen -y -f {key}  # or leave ssh.key out, and have it in your agent"
                 raise HostError(f"SSH key {key}: {error}", where=self._host.name, hint=hint) from error
         return kwargs
 
@@ -239,7 +239,7 @@ class SshConnection:
             raise HostError(
                 f"sudo refused: {said.splitlines()[-1]}",
                 where=self._host.name,
-                hint=f"echo '{user} ALL=(root) NOPASSWD: ALL' | sudo tee /etc/sudoers.d/labdeploy  (on the host)",
+                hint=f"echo '{user} ALL=(root) NOPASSWD: ALL' | sudo tee /etc/sudoers.d/labdeploy  # on the host",
             )
         status = channel.recv_exit_status()
         what = "the connection was lost" if status < 0 else f"the command failed with exit status {status}"
@@ -256,7 +256,7 @@ class SshConnection:
                 f"{address} shows another host key ({_fingerprint(error.key)}) than the known one "
                 f"({_fingerprint(error.expected_key)}); somebody may be in between",
                 where=where,
-                hint=f"ssh-keygen -R '{_key_name(at)}' -f {known_hosts}  (only if you know why it changed)",
+                hint=f"ssh-keygen -R '{_key_name(at)}' -f {known_hosts}  # only if you know why it changed",
             )
         if missed := _missed(error):
             return HostError(f"{address}:{port} {missed}", where=where)
@@ -270,7 +270,7 @@ class SshConnection:
             return HostError(
                 f"the host key of {address} is unknown",
                 where=where,
-                hint=f"ssh-keyscan -p {port} {address} >> {known_hosts}  (then compare: ssh-keygen -lf {known_hosts})",
+                hint=f"ssh-keyscan -p {port} {address} >> {known_hosts}  # then compare: ssh-keygen -lf {known_hosts}",
             )
         if isinstance(error, paramiko.ssh_exception.NoValidConnectionsError):
             error = next(iter(error.errors.values()))

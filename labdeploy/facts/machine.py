@@ -186,4 +186,4 @@ def _record(kind: type, value: Any, where: str) -> Any:  # noqa: ANN401 (the rec
 
 def _problem(where: str, what: str) -> NoReturn:
     host = where.split(".")[1].partition("[")[0]
-    raise InventoryError(f"in the lock: {what}", where=where, hint=f"labdeploy probe {host}  (writes it anew)")
+    raise InventoryError(f"in the lock: {what}", where=where, hint=f"labdeploy probe {host}  # writes it anew")

@@ -85,7 +85,7 @@ class ModelBook:
         raise InventoryError(
             f"nothing is known of its shape: {tried}{self._inventory.lock_path.name} has no entry for it",
             where=f"models.{name} ({self._inventory.path})",
-            hint=f"labdeploy inspect FILE --add {name}  (a local copy, or HOST:/path of one on a host)",
+            hint=f"labdeploy inspect FILE --add {name}  # a local copy, or HOST:/path of one on a host",
         )
 
 

@@ -174,10 +174,10 @@ def read_manifest(path: Path) -> dict[str, list[StoredModel]]:
             raise InventoryError(f"has format {found['labdeploy_models']}, not {FORMAT}", where=str(path))
         return {str(host): list(_models(entry["models"])) for host, entry in found["hosts"].items()}
     except OSError as error:
-        hint = "labdeploy models backup -o FILE  (writes one)"
+        hint = "labdeploy models backup -o FILE  # writes one"
         raise InventoryError(f"cannot be read: {error.strerror}", where=str(path), hint=hint) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        hint = "labdeploy models backup -o FILE  (writes one)"
+        hint = "labdeploy models backup -o FILE  # writes one"
         what = f"is not a manifest of models: {type(error).__name__}: {error}"
         raise InventoryError(what, where=str(path), hint=hint) from None
 

@@ -171,7 +171,7 @@ def require_known_flags(request: Request, host: str) -> None:
     if build and unknown:
         at = f"hosts.{host}.services.{request.name}.flags"
         lines = [f"{at}: {flag} is no flag of {build.shown}{did_you_mean(flag, build.flags)}" for flag in unknown]
-        raise InventoryError("\n".join(lines), hint=f"labdeploy probe {host}  (if another build is there now)")
+        raise InventoryError("\n".join(lines), hint=f"labdeploy probe {host}  # if another build is there now")
 
 
 def _flag_words(words: tuple[str, ...], known: Mapping[str, bool]) -> Iterator[str]:
