@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextvars
+import shlex
 import sys
 
 import click
 
 from labdeploy.cli import cli
 from labdeploy.cli_base import tell_all
-from labdeploy.errors import INTERRUPTED, LabdeployError
+from labdeploy.errors import INTERRUPTED, InventoryError, LabdeployError
 
 
 def main() -> None:
@@ -18,6 +20,10 @@ def main() -> None:
 
 def run(argv: list[str]) -> int:
     """Run one command line and give its exit code; whatever goes wrong is told on stderr, never as a traceback."""
+    return contextvars.copy_context().run(_run, argv)
+
+
+def _run(argv: list[str]) -> int:
     try:
         result = cli.main(argv, prog_name="labdeploy", standalone_mode=False)
     except LabdeployError as error:
@@ -37,9 +43,19 @@ def run(argv: list[str]) -> int:
     except Exception as error:
         if "-v" in argv or "--verbose" in argv:
             raise
-        tell_all([f"unexpected: {type(error).__name__}: {error}"], "run it again with -v and report what it prints")
-        return 1
+        told = _told(error)
+        tell(told)
+        return told.exit_code
     return result if isinstance(result, int) else 0
+
+
+def _told(error: Exception) -> LabdeployError:
+    """Give what a person is told of a failure that no command foresaw: a file's own trouble, else a bug."""
+    if isinstance(error, OSError) and error.filename is not None:
+        name = str(error.filename)
+        return InventoryError(error.strerror or str(error), where=name, hint=f"ls -ld {shlex.quote(name)}")
+    hint = "run it again with -v and report what it prints"
+    return LabdeployError(f"unexpected: {type(error).__name__}: {error}", hint=hint)
 
 
 def tell(error: LabdeployError) -> None:

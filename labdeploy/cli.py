@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from labdeploy.cli_base import (
     print_json,
     reporting,
     tell_all,
+    unanswered,
 )
 from labdeploy.cli_models import models
 from labdeploy.cli_pick import pick
@@ -40,6 +42,8 @@ def cli() -> None:
 
     HOST takes host names, group names and globs; without one, most commands mean every host.
     """
+    if os.environ.get("NO_COLOR"):
+        click.get_current_context().color = False
 
 
 for command in (push, rollback, runner, models, pick, sandbox):
@@ -108,9 +112,9 @@ def render(options: Options, hosts: tuple[str, ...], output: Path, stdout: bool)
 
 def _write_tree(folder: Path, generation: Generation) -> None:
     """Make a host's folder hold just this generation; only folders that render itself makes are cleaned."""
-    for kind in ("systemd", "services"):
-        for old in (folder / kind).glob("*"):
-            if f"{kind}/{old.name}" not in generation.files:
+    for kind in ("systemd", "services", "stores"):
+        for old in (folder / kind).rglob("*"):
+            if not old.is_dir() and str(old.relative_to(folder)) not in generation.files:
                 old.unlink()
     for path, data in generation.files.items():
         target = folder / path
@@ -163,7 +167,7 @@ def diff(options: Options, hosts: tuple[str, ...], exit_code: bool) -> int:
     answers, code = ask(options, hosts, fleet.files)
     diffs = {h: report.diffs(generations[h], a) for h, a in answers.items() if isinstance(a, fleet.Files)}
     if options.json:
-        print_json({"hosts": diffs})
+        print_json({"hosts": diffs | unanswered(answers)})
     else:
         click.echo(report.diff_text(diffs), nl=False)
     differs = any(found["pending"] or found["drift"] for found in diffs.values())

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 import sys
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from labdeploy.errors import InventoryError, LabdeployError
+from labdeploy.errors import DeclinedError, InventoryError, LabdeployError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from labdeploy.generation import Generation
-    from labdeploy.inventory import Inventory
+    from labdeploy.inventory import Host, Inventory
+    from labdeploy.models.book import ModelBook
     from labdeploy.plan import HostPlan
 
 F = TypeVar("F", bound="Callable[..., Any]")
+_given_inventory: ContextVar[Path | None] = ContextVar("given_inventory", default=None)
 
 
 class Options:
@@ -51,7 +55,7 @@ class Options:
         if not sys.stdin.isatty():
             raise InventoryError(f"{question} There is no terminal to ask on", hint="add -y to go ahead")
         if not click.confirm(question, err=True):
-            raise LabdeployError("nothing was done")
+            raise DeclinedError("nothing was done")
 
 
 def tell_all(whats: Iterable[str], hint: str = "") -> None:
@@ -59,7 +63,15 @@ def tell_all(whats: Iterable[str], hint: str = "") -> None:
     for line in (line for what in whats for line in what.splitlines()):
         click.echo(f"error: {line}", err=True)
     if hint:
-        click.echo(f"\nhint: {hint}", err=True)
+        click.echo(f"\nhint: {_with_inventory(hint)}", err=True)
+
+
+def _with_inventory(hint: str) -> str:
+    """Give a hint's command the inventory that this one was given, so that it works as it stands."""
+    path = _given_inventory.get()
+    if path is None or not hint.startswith("labdeploy ") or " -i " in hint:
+        return hint
+    return hint.replace("labdeploy ", f"labdeploy -i {shlex.quote(str(path))} ", 1)
 
 
 def _set(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
@@ -67,6 +79,8 @@ def _set(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
         options = ctx.ensure_object(Options)
         if value:
             setattr(options, name, value)
+        if value and name == "inventory_path":
+            _given_inventory.set(value)
 
     return callback
 
@@ -109,6 +123,11 @@ def ask(options: Options, hosts: Sequence[str], question: Any) -> tuple[dict[str
     return answers, max((error.exit_code for error in errors.values()), default=0)
 
 
+def unanswered(answers: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the part of a JSON report for the hosts that did not answer."""
+    return {h: {"error": str(a), "hint": a.hint} for h, a in answers.items() if isinstance(a, LabdeployError)}
+
+
 def first_hint(errors: Iterable[LabdeployError]) -> str:
     """Give the first hint that there is."""
     return next((error.hint for error in errors if error.hint), "")
@@ -126,16 +145,37 @@ def plans_for(options: Options, hosts: Sequence[str]) -> list[HostPlan]:
 
 def plans_of(inventory: Inventory, hosts: Sequence[str]) -> list[HostPlan]:
     """Plan hosts of an inventory; of the others only what these need."""
-    from labdeploy import builds, lock, machines, plan  # noqa: PLC0415
+    from labdeploy import builds, lock, plan  # noqa: PLC0415
     from labdeploy.models.book import ModelBook  # noqa: PLC0415
 
     known = lock.read(inventory.lock_path)
     book, selected = ModelBook(inventory, known), inventory.select(hosts)
     needed = inventory.with_companions(selected)
-    machines.require_known(needed, book.machine)
+    _require_known(needed, book)
     plans = plan.plan_hosts((builds.with_programs(host, known) for host in needed), book)
     wanted = {host.name for host in selected}
     return [p for p in plans if p.host.name in wanted]
+
+
+def _require_known(hosts: Sequence[Host], book: ModelBook) -> None:
+    """Raise one InventoryError for all that neither the inventory nor the lock knows of hosts and their models."""
+    from labdeploy import machines  # noqa: PLC0415
+
+    models = {
+        name: host.models_dir or "" for host in hosts for s in host.services.values() for name in s.models.values()
+    }
+    asks: list[Callable[[], object]] = [lambda: machines.require_known(hosts, book.machine)]
+    asks += [functools.partial(book.facts, name, folder) for name, folder in models.items()]
+    errors = []
+    for each in asks:
+        try:
+            each()
+        except InventoryError as error:
+            errors.append(error)
+    if len(errors) > 1:
+        raise InventoryError("\n".join(map(str, errors)), hint=first_hint(errors))
+    if errors:
+        raise errors[0]
 
 
 def generations_for(options: Options, plans: Sequence[HostPlan]) -> dict[str, Generation]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from labdeploy.cli_base import Options, ask, hosts_argument, print_json, reporting, tell_all
-from labdeploy.errors import CheckError, InventoryError, LabdeployError
+from labdeploy.cli_base import Options, ask, common, hosts_argument, print_json, reporting, tell_all
+from labdeploy.errors import CheckError, HostError, InventoryError, LabdeployError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.group()
+@common
 def models() -> None:
     """Keep models on hosts: what is where, by sha256; copy, check, rename, remove.
 
@@ -155,7 +156,7 @@ def models_verify(options: Options, hosts: tuple[str, ...], names: tuple[str, ..
         answers, code = ask(options, hosts, question)
     if options.json:
         print_json({"hosts": {h: report_models.verified_json(a) for h, a in answers.items()}})
-    else:
+    elif any(isinstance(answer, list) for answer in answers.values()):
         click.echo(report_models.verified_text(answers), nl=False)
     bad = [(h, f) for h, a in answers.items() if isinstance(a, list) for f in a if f.result not in ("ok", "recorded")]
     tell_all(
@@ -231,6 +232,7 @@ def models_backup(options: Options, hosts: tuple[str, ...], output: Path | None)
     """
     import datetime as dt  # noqa: PLC0415
 
+    from labdeploy import lock  # noqa: PLC0415
     from labdeploy.models.files import manifest  # noqa: PLC0415
 
     answers, code = _ask_stores(options, hosts, sums=True)
@@ -239,7 +241,10 @@ def models_backup(options: Options, hosts: tuple[str, ...], output: Path | None)
     if output is None:
         print_json(found)
         return code
-    output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if code and output.exists():
+        hint = "labdeploy models backup -o OTHER-FILE  # of those that answer"
+        raise HostError("is left as it was, for not every host answered", where=str(output), hint=hint)
+    lock.replace(output, json.dumps(found, indent=2) + "\n")
     if options.json:
         print_json({"manifest": str(output), "hosts": {host: len(models) for host, (_, models) in stores.items()}})
     else:
@@ -255,7 +260,7 @@ def models_backup(options: Options, hosts: tuple[str, ...], output: Path | None)
     "--from", "folders", multiple=True, type=click.Path(path_type=Path), metavar="DIR", help="More files here to take."
 )
 @reporting
-def models_restore(options: Options, manifest: Path, hosts: tuple[str, ...], folders: tuple[Path, ...]) -> None:
+def models_restore(options: Options, manifest: Path, hosts: tuple[str, ...], folders: tuple[Path, ...]) -> int:
     """Put on hosts what a manifest lists and they lack, from whoever has a file of the right sha256.
 
     Asked in turn: local copies of the inventory, folders given by --from, then every host of the inventory.
@@ -264,7 +269,10 @@ def models_restore(options: Options, manifest: Path, hosts: tuple[str, ...], fol
 
     wanted = model_restore.wanted(options.inventory, manifest, hosts)
     stores, _ = _ask_stores(options, (), sums=True)
-    todo = model_restore.items(options.inventory, wanted, stores, folders)
+    unheard = [answer for host in wanted if isinstance(answer := stores.get(host), LabdeployError)]
+    heard = {host: models for host, models in wanted.items() if not isinstance(stores.get(host), LabdeployError)}
+    todo = model_restore.items(options.inventory, heard, stores, folders)
     _copy_all(options, todo)
-    if not todo and not options.json:
+    if not todo and not unheard and not options.json:
         click.echo("nothing is missing")
+    return max((error.exit_code for error in unheard), default=0)

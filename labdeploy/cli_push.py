@@ -70,7 +70,7 @@ def push(
     if bool(hosts) == everything:
         raise click.UsageError("name the hosts to push to, or write --all")
     pushes, generations = _pushes(options, hosts)
-    if everything and not dry_run:
+    if everything and pushes and not dry_run:
         names = ", ".join(each.name for each in pushes)
         options.confirm(f"Push to {len(pushes)} hosts ({names})?")
     push_id = deploy.new_push_id()
@@ -105,10 +105,11 @@ def rollback(options: Options, hosts: tuple[str, ...], to: int | None, overwrite
     if to is not None and not hosts:
         raise click.UsageError("--to needs the hosts it is for: generations are numbered per host")
     selected, ask_each = options.inventory.select(hosts), _histories(options)
+    unheard: Sequence[LabdeployError] = ()
     if hosts:
         targets = {host.name: "previous" if to is None else str(to) for host in selected}
     else:
-        targets = _last_push(options, ask_each(host.name for host in selected))
+        targets, unheard = _last_push(options, ask_each(host.name for host in selected))
     targets, pairs = companions.taken_along(targets, ask_each)
     _tell_companions(targets.keys() - {host.name for host in selected})
     push_id, groups = deploy.new_push_id(), spans.together(targets, pairs)
@@ -117,7 +118,8 @@ def rollback(options: Options, hosts: tuple[str, ...], to: int | None, overwrite
         for name, host in options.inventory.hosts.items()
         if name in targets
     ]
-    return _run(options, jobs, push_id, wait_s=wait, flags=["overwrite-drift"] if overwrite_drift else [])
+    code = _run(options, jobs, push_id, wait_s=wait, flags=["overwrite-drift"] if overwrite_drift else [])
+    return max(code, *(error.exit_code for error in unheard)) if unheard else code
 
 
 def _pushes(options: Options, hosts: Sequence[str]) -> tuple[Sequence[Push], Callable[[], Mapping[str, Generation]]]:
@@ -185,23 +187,28 @@ def _histories(options: Options) -> Callable[[Iterable[str]], dict[str, History 
     return ask_each
 
 
-def _last_push(options: Options, answers: Mapping[str, History | LabdeployError]) -> dict[str, str]:
-    """Find the hosts that the last push changed, and what each had before; ask before touching them."""
+def _last_push(
+    options: Options, answers: Mapping[str, History | LabdeployError]
+) -> tuple[dict[str, str], Sequence[LabdeployError]]:
+    """Find the hosts that the last push changed, and what each had before; ask before touching them.
+
+    Beside it come the errors of those that did not answer: where the last push was theirs, it is another that goes.
+    """
     from labdeploy import fleet  # noqa: PLC0415
 
     switches = {h: a.last_switch for h, a in answers.items() if isinstance(a, fleet.History) and a.last_switch}
     errors = [a for a in answers.values() if isinstance(a, LabdeployError)]
     if errors and not switches:
         raise errors[0]
-    for error in errors:
-        click.echo(f"warning: {error}; it is left as it is", err=True)
+    tell_all([f"{error}; it is left as it is" for error in errors], first_hint(errors))
     if not switches:
         raise InventoryError("no host has a push to undo", hint="labdeploy history")
     last = max(switch.push_id for switch in switches.values() if switch)
     found = {h: str(s.from_) for h, s in switches.items() if s and s.push_id == last}
     went = ", ".join(f"{h} {s.to} -> {s.from_}" for h, s in switches.items() if s and h in found)
-    options.confirm(f"Undo {last} on {len(found)} hosts ({went})?")
-    return found
+    unknown = f"; {len(errors)} hosts did not answer, and may have had a later push" if errors else ""
+    options.confirm(f"Undo {last} on {len(found)} hosts ({went}){unknown}?")
+    return found, errors
 
 
 def _run(

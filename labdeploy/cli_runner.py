@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
-from labdeploy.cli_base import Options, ask, hosts_argument, print_json, reporting
+from labdeploy.cli_base import Options, ask, common, hosts_argument, print_json, reporting, unanswered
 
 
 @click.group()
+@common
 def runner() -> None:
     """Keep builds of runners on hosts: versioned folders that units name, never upgraded in place."""
 
@@ -121,8 +122,8 @@ def runner_ls(options: Options, hosts: tuple[str, ...]) -> int:
     known = lock.read(options.inventory.lock_path)
     rows = report.builds_json({h: a for h, a in answers.items() if isinstance(a, list)}, known)
     if options.json:
-        print_json({"hosts": rows})
-    else:
+        print_json({"hosts": rows | unanswered(answers)})
+    elif rows:
         click.echo(report.builds_text(rows), nl=False)
     return code
 

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from labdeploy.cli_base import Options, print_json, reporting
+from labdeploy.cli_base import Options, common, print_json, reporting
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
 @click.group()
+@common
 def sandbox() -> None:
     """Throwaway real hosts on this machine: systemd as init, sshd, a runner."""
 

@@ -40,6 +40,12 @@ class InventoryError(LabdeployError):
     exit_code = 2
 
 
+class DeclinedError(LabdeployError):
+    """Somebody was asked and said no; nothing was done."""
+
+    exit_code = INTERRUPTED
+
+
 class ModelError(InventoryError):
     """A model file is missing, truncated or malformed."""
 

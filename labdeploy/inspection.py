@@ -16,7 +16,7 @@ from labdeploy.models.projector import is_projector, projector
 from labdeploy.models.shape import ModelShape, model_shape
 from labdeploy.runners.llama_memory import LlamaMemorySettings, memory
 from labdeploy.runners.llama_mmproj import compute_bytes
-from labdeploy.runners.vllm_memory import kv_bytes_per_token
+from labdeploy.runners.vllm_memory import kv_cache
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072)
 PLOT_WIDTH = 54  # what is left of 79 columns beside the context and the sum
 MARKS = "#=+"
+KV_BLOCK_TOKENS = 16  # vLLM's block_size unasked (config/cache.py)
 
 
 @dataclass(frozen=True)
@@ -194,8 +195,10 @@ def _snapshot(source: str, snapshot: safetensors.Snapshot) -> Inspection:
     entry = safetensors.to_lock(snapshot)
     facts = {key: value for key, value in entry.items() if not isinstance(value, dict)}
     facts |= {"arch": snapshot.model_type, "n_ctx_train": snapshot.max_model_len}
-    per_token = snapshot.n_layer * kv_bytes_per_token(snapshot, tp=1, element_bytes=2) / 2**20
-    contexts = {str(n): round(n * per_token, 2) for n in _contexts(snapshot.max_model_len)}
+    cache = kv_cache(snapshot, tp=1, element_bytes=2, block_tokens=KV_BLOCK_TOKENS, in_flight=0)
+    contexts = {
+        str(n): round(cache.blocks_for(n) * cache.block_bytes / 2**20, 2) for n in _contexts(snapshot.max_model_len)
+    }
     lines = ["  KV cache in 16 bits, in MiB (vLLM shares one cache among all requests):"]
     lines += [f"  {n:>8}{mib:>9.0f}" for n, mib in contexts.items()]
     text = f"{_heading(source, facts)}\n" + "".join(f"{line}\n" for line in lines)

@@ -14,6 +14,7 @@ from labdeploy.hardware import UNKNOWN, Hardware, Reserve
 from labdeploy.runners import RUNNERS
 from labdeploy.runners.base import Part, Prefer  # noqa: TC001 (dataclass fields' types)
 from labdeploy.schema import (
+    NULL_TAG,
     AbsolutePath,
     EnvName,
     Flags,
@@ -154,10 +155,10 @@ class ServiceKind:
         values: dict[str, Any] = {}
         rest: list[tuple[yaml.ScalarNode, yaml.Node]] = []
         for key, value in entries(node, place):
-            if key.value in known:
-                values[key.value] = known[key.value].metadata["kind"].read(value, place.key(key.value))
-            else:
+            if key.value not in known:
                 rest.append((key, value))
+            elif value.tag != NULL_TAG:  # a key without a value is as one that is not there
+                values[key.value] = known[key.value].metadata["kind"].read(value, place.key(key.value))
         for name, declared in known.items():
             if required(declared) and name not in values:
                 place.problem(node, f"{name} is missing: {declared.metadata['doc']}")
@@ -172,7 +173,8 @@ class ServiceKind:
         values = {}
         for key, value in rest:
             if key.value in known:
-                values[key.value] = known[key.value].metadata["kind"].read(value, place.key(key.value))
+                if value.tag != NULL_TAG:
+                    values[key.value] = known[key.value].metadata["kind"].read(value, place.key(key.value))
             elif runner is not None:
                 place.key(key.value).problem(key, self._unknown(key.value, runner, known))
         return kind(**values) if kind else None

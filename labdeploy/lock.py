@@ -64,7 +64,11 @@ def set_builds(path: Path, host: str, runner: str, *, installed: Iterable[str], 
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """Write a lock file whole, in one rename; the same content makes the same bytes."""
     ordered = {part: content[part] for part in (*_PARTS, *content) if part in content}
-    text = _HEAD + yaml.dump(ordered, Dumper=_DUMPER, sort_keys=False, width=110, allow_unicode=True)
+    replace(path, _HEAD + yaml.dump(ordered, Dumper=_DUMPER, sort_keys=False, width=110, allow_unicode=True))
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file whole, in one rename."""
     fresh = path.with_name(path.name + ".tmp")
     fresh.write_text(text, encoding="utf-8")
     fresh.replace(path)

@@ -287,7 +287,7 @@ def _share(budget: Budget, least: ServicePlan, later: list[ServicePlan]) -> Budg
     def allowed(device: str, free_mib: float) -> float:
         own = least.memory[device].total_mib if device in least.memory else 0.0
         waiting = sum(device in other.memory for other in later)
-        return own + max(0.0, free_mib - own) / (waiting + 1)
+        return min(free_mib, own + max(0.0, free_mib - own) / (waiting + 1))
 
     gpus = tuple(dataclasses.replace(gpu, free_mib=allowed(gpu.id, gpu.free_mib)) for gpu in budget.gpus)
     return dataclasses.replace(budget, gpus=gpus, ram_mib=allowed("host", budget.ram_mib))

@@ -26,7 +26,7 @@ Mib = NewType("Mib", int)
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _MERGE_TAG = "tag:yaml.org,2002:merge"
-_NULL_TAG = "tag:yaml.org,2002:null"
+NULL_TAG = "tag:yaml.org,2002:null"
 _INT_TAG = "tag:yaml.org,2002:int"
 
 
@@ -40,7 +40,7 @@ class Problem:
     what: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.path}: {self.what}"
+        return ": ".join(part for part in (f"{self.file}:{self.line}", self.path, self.what) if part)
 
 
 class InventoryProblemsError(InventoryError):
@@ -109,7 +109,7 @@ _UNIT_OR_SHELL = re.compile(r"[%$`\"\\]")
 
 
 def _scalar(node: yaml.Node, place: Place, wanted: str) -> str | None:
-    if isinstance(node, yaml.ScalarNode) and node.tag != _NULL_TAG:
+    if isinstance(node, yaml.ScalarNode) and node.tag != NULL_TAG:
         return str(node.value)
     got = {"MappingNode": "a mapping", "SequenceNode": "a list"}.get(type(node).__name__, "nothing")
     place.problem(node, f"expected {wanted}, found {got}")
@@ -529,7 +529,7 @@ def entries(
 ) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
     """Yield a mapping's entries: merge keys (`<<: *anchor`) applied, repeated keys noted as problems."""
     if not isinstance(node, yaml.MappingNode):
-        if node.tag != _NULL_TAG:
+        if node.tag != NULL_TAG:
             place.problem(node, "expected a mapping of keys to values")
         return
     seen: dict[str, int] = {}
@@ -574,7 +574,7 @@ def read_record(record: type[T], node: yaml.Node, place: Place) -> T | None:
     for key, value_node in entries(node, place):
         if key.value not in known:
             place.key(key.value).problem(key, f"unknown key{did_you_mean(key.value, known)}")
-        elif value_node.tag != _NULL_TAG:
+        elif value_node.tag != NULL_TAG:
             values[key.value] = known[key.value].metadata["kind"].read(value_node, place.key(key.value))
     for name, declared in known.items():
         if name not in values and required(declared):
@@ -620,15 +620,19 @@ def compose(path: Path) -> yaml.Node:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InventoryError("no such file", where=str(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InventoryError(f"cannot be read: {error}", where=str(path)) from None
+        hint = "labdeploy -i FILE ...; or labdeploy sandbox up, which writes one"
+        raise InventoryError("no such file", where=str(path), hint=hint) from None
+    except OSError as error:
+        raise InventoryError(f"cannot be read: {error.strerror}", where=str(path), hint=f"ls -ld {path}") from None
+    except UnicodeDecodeError as error:
+        raise InventoryError(f"is not UTF-8: {error}", where=str(path), hint=f"file {path}") from None
     try:
         node = yaml.compose(text, Loader=_LOADER)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise InventoryError(f"not valid YAML: {error.problem or error.context}", where=where) from None
+        hint = f"sed -n {mark.line + 1}p {path} | cat -A  # shows tabs as ^I" if mark else ""
+        raise InventoryError(f"not valid YAML: {error.problem or error.context}", where=where, hint=hint) from None
     except yaml.YAMLError as error:
         raise InventoryError(f"not valid YAML: {' '.join(str(error).split())}", where=str(path)) from None
     if node is None:

@@ -10,6 +10,7 @@ import functools
 import io
 import logging
 import math
+import shlex
 import socket
 import threading
 from pathlib import Path
@@ -129,7 +130,8 @@ class SshConnection:
         if self._host.ssh.key:  # only this key: an agent full of others runs into the server's limit of attempts
             key = self._file(self._host.ssh.key)
             if not key.is_file():
-                raise HostError(f"SSH key {key} does not exist", where=self._host.name)
+                hint = f"ls -l {key.absolute()}"
+                raise HostError(f"SSH key {key} does not exist", where=self._host.name, hint=hint)
             try:
                 kwargs |= {"pkey": _login_key(key), "look_for_keys": False, "allow_agent": False}
             except Exception as error:  # each kind of key has its own ways to be unreadable
@@ -258,14 +260,15 @@ class SshConnection:
                 where=where,
                 hint=f"ssh-keygen -R '{_key_name(at)}' -f {known_hosts}  # only if you know why it changed",
             )
+        ours = self._host.ssh.key if at is self._connection else None
+        key = shlex.quote(str(self._file(ours))) if ours else ""
+        try_it = f"ssh{f' -i {key}' if key else ''} -o UserKnownHostsFile={known_hosts} -p {port} {user}@{address} true"
         if missed := _missed(error):
-            return HostError(f"{address}:{port} {missed}", where=where)
+            return HostError(f"{address}:{port} {missed}", where=where, hint=try_it)
         if isinstance(error, paramiko.AuthenticationException):
-            ours = self._host.ssh.key if at is self._connection else None
-            key = f" with key {self._file(ours)}" if ours else ""
-            return HostError(
-                f"{user}@{address} refused the login{key}", where=where, hint=f"ssh-copy-id -p {port} {user}@{address}"
-            )
+            hint = f"ssh-copy-id{f' -i {key}' if key else ''} -p {port} {user}@{address}"
+            what = f"{user}@{address} refused the login{f' with key {key}' if key else ''}"
+            return HostError(what, where=where, hint=hint)
         if isinstance(error, paramiko.SSHException) and "not found in known_hosts" in str(error):
             return HostError(
                 f"the host key of {address} is unknown",
@@ -275,7 +278,7 @@ class SshConnection:
         if isinstance(error, paramiko.ssh_exception.NoValidConnectionsError):
             error = next(iter(error.errors.values()))
         said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-        return HostError(f"{address}:{port}: {said}", where=where, hint=f"ssh -p {port} {user}@{address} true")
+        return HostError(f"{address}:{port}: {said}", where=where, hint=try_it)
 
 
 def _missed(error: BaseException) -> str:

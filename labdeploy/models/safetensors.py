@@ -203,7 +203,11 @@ class _Config:
         return self.optional("num_key_value_heads", "num_kv_heads", "n_head_kv") or self.n_heads()
 
     def head_dim(self) -> int:
-        return self.optional("head_dim") or self.count("hidden_size", "n_embd", "d_model") // self.n_heads()
+        hidden, heads = self.count("hidden_size", "n_embd", "d_model"), self.n_heads()
+        found = self.optional("head_dim") or hidden // heads
+        if found < 1:
+            self.fail(f"hidden_size {hidden} is less than num_attention_heads {heads}")
+        return found
 
     def intermediate_size(self) -> int:
         """Give the width of the widest feed-forward; 4 x hidden where none is named, as GPT-2 has it."""
@@ -281,7 +285,7 @@ class _Config:
             return 0
         n_layer = self.count("num_hidden_layers", "n_layer", "n_layers")
         if kinds := self._layer_types():
-            return sum("sliding" in kind for kind in kinds)
+            return min(n_layer, sum("sliding" in kind for kind in kinds))
         if period := self.optional("sliding_window_pattern"):
             return n_layer - n_layer // period
         return n_layer

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from labdeploy.models.gguf import GgufHeader, Tensor
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS, llama.cpp src/llama-hparams.h
+MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS, there
 MAX_SIZE = 2**31 - 1
 
 WeightClass = Literal["input", "output", "experts", "ffn", "attn"]
@@ -374,6 +375,9 @@ def model_shape(header: GgufHeader, where: str = "model") -> ModelShape:
     n_layer = max(n_layer_all - keys.optional("nextn_predict_layers", 0), 0) or n_layer_all
     layers = _LayerReader(keys, rule, n_layer, n_layer_all).layers()
     outer = [tensor for tensor in header.tensors if split_layer(tensor.name) is None]
+    n_expert, n_used = keys.optional("expert_count", 0), max(layer.n_expert_used for layer in layers)
+    if not n_used <= n_expert <= MAX_EXPERTS:
+        raise keys.fail(f"expert_used_count is {n_used}, expert_count {n_expert}; at most {MAX_EXPERTS} can be")
     return ModelShape(
         arch=header.arch,
         name=str(header.metadata.get("general.name", "")),
@@ -386,8 +390,8 @@ def model_shape(header: GgufHeader, where: str = "model") -> ModelShape:
         n_ctx_train=keys.count("context_length"),
         n_embd=keys.count("embedding_length"),
         n_vocab=keys.n_vocab(),
-        n_expert=keys.optional("expert_count", 0),
-        n_expert_used=max(layer.n_expert_used for layer in layers),
+        n_expert=n_expert,
+        n_expert_used=n_used,
         n_ff_exp=max(_n_ff_exp(layer) for layer in layers),
         n_ff_shexp=max(layer.rows("ffn_up_shexp") for layer in layers),
         n_swa=keys.n_swa(rule) if any(layer.is_swa for layer in layers) else 0,

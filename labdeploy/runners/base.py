@@ -302,8 +302,8 @@ def prefer_choice(prefer: Prefer | None) -> Choice:
 def too_much(device: str, need_mib: float, free_mib: float) -> Iterator[str]:
     """Say by how much a device is too small, where it is."""
     if need_mib > free_mib:
-        over = need_mib - free_mib
-        yield f"{device} needs {need_mib:.0f} MiB, {free_mib:.0f} MiB are free: {over:.0f} MiB too much"
+        free = max(0.0, free_mib)  # what others need at least may be more than there is
+        yield f"{device} needs {need_mib:.0f} MiB, {free:.0f} MiB are free: {need_mib - free:.0f} MiB too much"
 
 
 def gpu_sets(allowed: tuple[GpuBudget, ...]) -> list[tuple[GpuBudget, ...]]:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from labdeploy.runners.base import Prefer
 
 CACHE_RAM_DEFAULT_MIB = 8192  # llama-server's own --cache-ram
+WHOLE_TYPES, KV_BLOCK = ("f32", "f16", "bf16"), 32  # the others keep 32 numbers in a block (ggml-common.h)
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 BASE_START_S = 60  # program start, warm-up and a busy machine, before any byte of the model is read
 GPU_START_S = 120  # more, for a first start: drivers compile shaders (31 s of two cores for Mesa's software Vulkan)
@@ -184,6 +185,8 @@ class LlamaServer:
         """Choose every setting that matters; what the inventory says always wins and is still checked."""
         models = models_of(request)
         shape, prefer = models.shape, request.prefer or "speed"
+        for what, hint in _wrong_cache_types(request.settings, shape):
+            raise InventoryError(what, hint=hint)
         tuning = _tune(request.settings, prefer, models, budget)
         settings = {**_that_matter(request, tuning, shape), **_thread_choices(request.settings, budget)}
         argv, lost = spoken(_argv(request, settings, tuning.gpus), request.build)
@@ -265,13 +268,36 @@ def _lay_out(asked: LlamaServerSettings, prefer: Prefer, models: Models, room: R
 def _may_quantise_cache(asked: LlamaServerSettings, shape: ModelShape) -> bool:
     """Say whether the cache may become q8_0 unasked.
 
-    Only where the inventory pins nothing that makes it large, so that who asks for too much is told. It needs heads
-    of whole blocks of 32, and flash attention.
+    Only where the inventory pins nothing that makes it large, so that who asks for too much is told.
     """
     pinned = (asked.ctx_size, asked.gpu_layers, asked.n_cpu_moe, asked.cache_type_k, asked.cache_type_v)
-    layers = [layer for layer in shape.trunk if layer.has_kv]
-    whole = all(layer.head_k % 32 == 0 and layer.head_v % 32 == 0 for layer in layers)
-    return not any(each is not None for each in pinned) and bool(layers) and whole and asked.flash_attn != "off"
+    return not any(each is not None for each in pinned) and _q8_0_works(asked, shape)
+
+
+def _q8_0_works(asked: LlamaServerSettings, shape: ModelShape) -> bool:
+    q8_0 = dataclasses.replace(asked, cache_type_k="q8_0", cache_type_v="q8_0")
+    return any(layer.has_kv for layer in shape.trunk) and not any(_wrong_cache_types(q8_0, shape))
+
+
+def _wrong_cache_types(asked: LlamaServerSettings, shape: ModelShape) -> Iterator[tuple[str, str]]:
+    """Say why llama-server would exit with these types of the KV cache, each with what to write (llama-context.cpp)."""
+    k, v = asked.cache_type_k or "f16", asked.cache_type_v or "f16"
+    if asked.flash_attn == "off" and v not in WHOLE_TYPES:
+        yield f"cache_type_v: {v} needs flash attention, which is off", "leave flash_attn out, or cache_type_v"
+    layers = [layer for layer in shape.trunk if layer.has_kv] if asked.flash_attn != "off" else []
+    for key, kind, heads in (
+        ("k", k, {layer.head_k for layer in layers}),
+        ("v", v, {layer.head_v for layer in layers}),
+    ):
+        odd = sorted(head for head in heads if head % KV_BLOCK) if kind not in WHOLE_TYPES else []
+        if odd:
+            what = f"cache_type_{key}: {kind} has blocks of {KV_BLOCK} numbers, heads of this model have {odd[0]}"
+            yield what, f"leave cache_type_{key} out, or write f16"
+    if shape.is_mla and k != v:
+        yield (
+            f"cache_type_k {k} and cache_type_v {v} differ; this model keeps one cache for both",
+            "write one type for both",
+        )
 
 
 def _base(asked: LlamaServerSettings, models: Models, budget: Budget) -> LlamaMemorySettings:
@@ -481,7 +507,8 @@ def _ways_to_fit(asked: LlamaServerSettings, prefer: Prefer, models: Models, bud
     yield from _lossless_ways(asked, tuned)
     yield from _slower_prompts(asked, models.shape, tuned)
     yield from beside.ways_to_fit(asked, models, tuned)
-    if asked.cache_type_k is None and asked.cache_type_v is None and tuned(prefer, **Q8_0):
+    q8_0 = _q8_0_works(asked, models.shape) and asked.cache_type_k is None and asked.cache_type_v is None
+    if q8_0 and tuned(prefer, **Q8_0):
         yield "cache_type_k: q8_0, cache_type_v: q8_0"
     context, layers = list(_less_context(asked, tuned)), list(_fewer_layers(asked, tuned))
     yield from (*layers, *context) if prefer == "context" else (*context, *layers)
@@ -489,7 +516,7 @@ def _ways_to_fit(asked: LlamaServerSettings, prefer: Prefer, models: Models, bud
         if tuned(parallel=n):
             yield f"parallel: {n}"
             break
-    if not context:
+    if not context and _q8_0_works(asked, models.shape):
         yield from (f"{line}, cache_type_k: q8_0, cache_type_v: q8_0" for line in _less_context(asked, tuned, **Q8_0))
     if asked.gpu_layers and (both := tuned("context", gpu_layers=None, n_cpu_moe=None, ctx_size=None)):
         yield f"{_layers_line(both)}, ctx_size: {_round_ctx(both)}"

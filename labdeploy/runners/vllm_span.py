@@ -98,7 +98,8 @@ def _watched(engine: Engine, part: Part) -> str:
     ranks *= 1 if part.rank else engine.hosts
     left = f" || [ {_connections(engine, part, CLOSE_WAIT)} -gt 0 ]" if part.rank else ""
     return (
-        '"$@" & p=$!; all=; trap "kill -TERM $p" TERM;'
+        "p=; stop=; trap 'stop=1; kill -TERM $p 2>/dev/null' TERM;"  # before there is anything that could be missed
+        ' "$@" & p=$!; [ -z "$stop" ] || kill -TERM $p; all=;'
         " while sleep 1; kill -0 $p 2>/dev/null; do"
         f" if [ {_connections(engine, part)} -ge {ranks} ]; then all=1;"
         f' elif [ -n "$all" ]{left}; then echo "a host of the span has left: this one ends, to join again" >&2;'

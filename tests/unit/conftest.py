@@ -100,8 +100,9 @@ class Lab:
         shutil.copy(MACHINES / "inventory.lock.yaml", self.folder / "inventory.lock.yaml")
 
     def run(self, *argv: str) -> Ran:
-        """Run a command line on this inventory."""
-        return self.bare("-i", str(self.path), *argv)
+        """Run a command line on this inventory; of its hints the `-i` that names it is left out."""
+        ran = self.bare("-i", str(self.path), *argv)
+        return Ran(ran.code, ran.out, ran.err.replace(f"hint: labdeploy -i {self.path} ", "hint: labdeploy "))
 
     def bare(self, *argv: str) -> Ran:
         """Run a command line that says all by itself."""

@@ -267,3 +267,10 @@ def make_wheel(path: Path, name: str, version: str) -> None:
         wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
+
+
+@pytest.mark.parametrize("entry", [5, {"vllm": 5}, {"vllm": {"use": 5}}, {"vllm": {"installed": "x"}}, {"vllm": None}])
+def test_builds_of_the_lock_that_are_none_are_one_error(entry: object):
+    """Whoever edits the lock by hand is told where."""
+    with pytest.raises(InventoryError, match=r"builds\.h\.vllm: in the lock: expected"):
+        builds.known({"builds": {"h": entry}}, "h", "vllm")

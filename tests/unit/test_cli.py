@@ -347,3 +347,82 @@ def test_text_is_plain_and_the_same_everywhere(env: dict[str, str]):
     done = subprocess.run(argv, capture_output=True, check=True, env=os.environ | env)
     assert b"\x1b" not in done.stdout
     assert done.stdout.startswith(b"minipc\n")
+
+
+def test_a_hint_names_the_inventory_that_was_given(lab: Lab):
+    """So that it works where it is typed; one of the next command line is its own."""
+    lab.load("hosts: {}")
+    (lab.folder / "a b").mkdir()
+    path = (lab.folder / "inventory.yaml").rename(lab.folder / "a b" / "inventory.yaml")
+    assert lab.bare("plan", "nobody", "-i", str(path)).err.endswith(
+        f"\nhint: labdeploy -i '{path}' plan  # without a name: every host\n"
+    )
+    assert str(path) not in lab.bare("plan", "nobody").err
+
+
+def test_a_file_that_cannot_be_written_is_told_as_that(ready: Lab):
+    """It is no mistake of labdeploy's."""
+    (ready.folder / "taken").write_text("")
+    ran = ready.run("render", "-o", str(ready.folder / "taken"))
+    assert ran.code == 2
+    assert ran.err.startswith(f"error: {ready.folder / 'taken'}")
+    assert "hint: ls -ld " in ran.err
+
+
+def test_no_is_130(lab: Lab, monkeypatch: pytest.MonkeyPatch):
+    """As Ctrl-C at the same question."""
+    lab.load("hosts: {a: {hardware: {cpu: {cores: 1}, ram: 1GiB}}}")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(click, "confirm", lambda *_args, **_more: False)
+    ran = lab.run("push", "--all")
+    assert (ran.code, ran.err) == (130, "error: nothing was done\n")
+
+
+def test_global_options_may_stand_anywhere(ready: Lab):
+    """Before the group, after it, after the command."""
+    said = [
+        ready.bare(*words).out
+        for words in (
+            ("--json", "-i", str(ready.path), "plan"),
+            ("-i", str(ready.path), "plan", "--json"),
+        )
+    ]
+    assert said[0] == said[1] != ""
+    assert ready.bare("runner", "--json", "-i", str(ready.path), "ls", "--help").code == 0
+    assert ready.bare("models", "-i", str(ready.path), "ls", "--help").code == 0
+    assert ready.bare("sandbox", "--json", "ls", "--help").code == 0
+
+
+def test_a_rollback_of_all_says_that_it_could_not_ask_all(ready: Lab, monkeypatch: pytest.MonkeyPatch):
+    """What it could undo is undone; but the last push may have been of the host that is silent."""
+    from labdeploy import deploy, fleet  # noqa: PLC0415
+
+    host = "{hardware: {cpu: {cores: 1}, ram: 1GiB}}"
+    ready.load(f"hosts: {{a: {host}, b: {host}}}")
+    switch = fleet.Switch("push", "p1", "me", "2026-01-01T00:00:00Z", 1, 2, (), "ok")
+    answers = {
+        "a": fleet.History(2, 2, {}, (switch,)),
+        "b": errors.HostError("gone", where="b", hint="ssh b true"),
+    }
+    monkeypatch.setattr(fleet, "ask_all", lambda hosts, *_: {host.name: answers[host.name] for host in hosts})
+    monkeypatch.setattr(deploy, "run_job", lambda job, *_: deploy.Outcome(job.host.name, "changed", generation=1))
+    ran = ready.run("rollback", "-y", "--json")
+    assert ran.code == 4
+    assert list(json.loads(ran.out)["hosts"]) == ["a"]
+    assert "error: b: gone; it is left as it is\n" in ran.err
+    assert "hint: ssh b true" in ran.err
+
+
+def test_render_leaves_nothing_of_an_older_one(lab: Lab):
+    """Not in the stores of models either: what is there is what a push installs."""
+    lab.copy_lock()
+    trees = []
+    for stop in ("END", "STOP"):
+        keys = f"runner: ollama, model: qwen3-8b, port: 8080, stop: [{stop}]"
+        lab.host("cpu: {cores: 8}, ram: 64GiB", a=keys)
+        assert lab.run("render", "-o", str(lab.folder / "out")).code == 0
+        trees.append({str(p.relative_to(lab.folder)) for p in (lab.folder / "out").rglob("*") if p.is_file()})
+    lab.run("render", "-o", str(lab.folder / "fresh"))
+    fresh = {str(p.relative_to(lab.folder / "fresh")) for p in (lab.folder / "fresh").rglob("*") if p.is_file()}
+    assert {name.removeprefix("out/") for name in trees[1]} == fresh
+    assert trees[0] != trees[1]

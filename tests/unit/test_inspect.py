@@ -16,6 +16,7 @@ from labdeploy import inspection
 
 sys.path.insert(0, str(TOP / "tests"))
 import make_lock
+from snapshot_maker import write_snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -244,3 +245,14 @@ def test_a_url_goes_into_the_lock(lab: Lab, server: Server):
     assert lab.run("plan").code == 0
     refused = lab.run("inspect", server.url("good", BIG) + "?download=true", "--add", "qwen")
     assert f"hint: add  qwen: {{path: {BIG}}}  below models:" in refused.err
+
+
+def test_a_window_costs_no_more_than_its_tokens(lab: Lab):
+    """As in the planner: layers that see a window keep a window, however long the context."""
+    base = {"num_hidden_layers": 12, "max_position_embeddings": 65536, "sliding_window": 1024, "head_dim": 64}
+    costs = {}
+    for name, more in {"all": {}, "none": {"use_sliding_window": False}, "most": {"sliding_window_pattern": 6}}.items():
+        folder = write_snapshot(lab.folder / name, **base, **more)
+        costs[name] = json.loads(lab.bare("inspect", str(folder), "--json").out)["context_mib"]["65536"]
+    assert costs["all"] < costs["most"] < costs["none"]
+    assert costs["most"] < costs["none"] / 4

@@ -179,7 +179,7 @@ def test_flags_that_the_probed_build_does_not_know_are_an_error(lab: Lab, flags:
     ] == wrong
     assert ran.code == (2 if wrong else 0), ran.err
     if wrong:
-        assert "\nhint: labdeploy probe h  (if another build is there now)\n" in ran.err
+        assert "\nhint: labdeploy probe h  # if another build is there now\n" in ran.err
 
 
 def test_a_near_flag_is_named(lab: Lab):

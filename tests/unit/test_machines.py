@@ -65,7 +65,7 @@ def test_hardware_may_be_left_out_where_the_host_was_asked(lab: Lab):
 
 
 def test_hardware_that_nobody_knows_is_one_error(lab: Lab):
-    """All hosts of which nothing is known at once, and what to type."""
+    """All hosts of which nothing is known at once, with what is not known of models, and what to type."""
     service = f"services: {{chat: {{{CHAT}}}}}"
     lab.write(f"hosts: {{a: {{{service}}}, b: {{hardware: {{cpu: {{cores: 4}}, ram: 9GiB}}}}, c: {{}}}}\n{MODELS}")
     ran = lab.run("plan")
@@ -73,6 +73,7 @@ def test_hardware_that_nobody_knows_is_one_error(lab: Lab):
     assert ran.err == (
         "error: hosts.a.hardware: is not all written, and the lock does not know it\n"
         "error: hosts.c.hardware: is not all written, and the lock does not know it\n"
+        f"error: models.qwen3-4b ({lab.path}): nothing is known of its shape: inventory.lock.yaml has no entry for it\n"
         "\nhint: labdeploy probe a c\n"
     )
 

@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 import pytest
+from conftest import MODELS
 
 from labdeploy import plan as planning
 from labdeploy import report
@@ -553,3 +554,56 @@ def test_a_preference_without_effect_is_told(lab: Lab):
     assert any("prefer changes nothing" in text for text in named(vllm).warnings)
     other = lab.plan(RTX, a="model: qwen3-8b, port: 1, prefer: context")
     assert not any("prefer" in text for text in named(other).warnings)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "services", "broken"),
+    [
+        (
+            gpu("9GiB"),
+            {"a": "model: qwen3-8b, ctx_size: 40960, gpu_layers: 37", "b": "model: qwen3-4b, gpus: []"},
+            ["a"],
+        ),
+        ("cpu: {cores: 8}, ram: 8GiB", {"a": "model: qwen3-8b, ctx_size: 40960", "b": "model: qwen3-4b"}, ["a", "b"]),
+    ],
+)
+def test_what_does_not_fit_alone_does_not_fit_beside_others(
+    lab: Lab, hardware: str, services: dict[str, str], broken: list[str]
+):
+    """A share that was left for a service is never more than what is free: the plan would promise too much."""
+    ports = {name: f"runner: llama-server, port: {8080 + i}, {keys}" for i, (name, keys) in enumerate(services.items())}
+    plan = lab.plan(hardware, **ports)
+    assert [each.name for each in plan.services if not each.fits] == broken
+    assert not re.search(r"-\d+ MiB are free", " ".join(text for each in plan.services for text in each.shortfall))
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ("flash_attn: off, cache_type_v: q8_0", "cache_type_v: q8_0 needs flash attention, which is off"),
+        ("cache_type_k: q4_0, cache_type_v: q8_0, flash_attn: off", "cache_type_v: q8_0 needs flash attention"),
+    ],
+)
+def test_types_of_the_cache_that_end_llama_server_are_refused(lab: Lab, keys: str, said: str):
+    """They would end it at its start; and no hint offers them."""
+    lab.copy_lock()
+    lab.host(RTX, a=f"runner: llama-server, model: qwen3-8b, port: 8080, {keys}")
+    ran = lab.run("plan")
+    assert ran.code == 2
+    assert ran.err.startswith(f"error: h: a: {said}")
+    tight = "ctx_size: 40960, gpu_layers: 37, ubatch_size: 32"
+    lab.host(gpu("9GiB"), a=f"runner: llama-server, model: qwen3-8b, port: 8080, flash_attn: off, {tight}")
+    ran = lab.run("plan")
+    assert ran.code == 3
+    assert "q8_0" not in ran.err
+
+
+def test_a_key_without_a_value_is_as_one_that_is_not_there(lab: Lab):
+    """As it is everywhere else in an inventory, and as the JSON Schema says."""
+    empty = lab.plan(RTX, a="model: qwen3-8b, port: 8080, runner: llama-server, bind: , ctx_size: null")
+    plain = lab.plan(RTX, a="model: qwen3-8b, port: 8080, runner: llama-server")
+    assert planning.to_json(empty) == planning.to_json(plain)
+    assert lab.problems(f"hosts: {{h: {{services: {{a: {{model: , port: null}}}}}}}}\n{MODELS}") == [
+        "1: hosts.h.services.a: model is missing: a name under models",
+        "1: hosts.h.services.a: port is missing: TCP port to serve on",
+    ]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import gguf_maker
 from conftest import Lab
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, reject, settings
 from hypothesis import strategies as st
 
 from labdeploy import plan as planning
@@ -72,8 +72,11 @@ def host(vrams: list[int], ram: int, *services: Service, cores: int = 8) -> Host
 
 
 def llama(model: str, prefer: Any = None, port: int = 8080, **keys: Any) -> Service:  # noqa: ANN401
-    """Give a llama-server service."""
-    return Service(model, port, runner="llama-server", prefer=prefer, settings=LlamaServerSettings(**keys))
+    """Give a llama-server service, of settings with which it would start at all."""
+    settings, shape = LlamaServerSettings(**keys), book().facts(model, "").shape
+    if any(llama_server._wrong_cache_types(settings, shape)):
+        reject()
+    return Service(model, port, runner="llama-server", prefer=prefer, settings=settings)
 
 
 def plan(host: Host) -> HostPlan:
@@ -125,7 +128,8 @@ def services(draw: st.DrawFn) -> list[Service]:
     for i in range(draw(st.integers(1, 3))):
         kind = draw(st.sampled_from(["llama-server", "llama-server", "ollama", "vllm"]))
         if kind == "llama-server":
-            keys = draw(st.fixed_dictionaries({}, optional={"ctx_size": st.sampled_from([2048, 16_384])}))
+            optional = {"ctx_size": st.sampled_from([2048, 16_384, 131_072]), "gpu_layers": st.integers(0, 90)}
+            keys = draw(st.fixed_dictionaries({}, optional=optional))
             found.append(llama(draw(models), draw(prefers), 8080 + i, **keys))
         elif kind == "ollama":
             found.append(Service(draw(models), 8080 + i, runner="ollama", settings=OllamaSettings()))

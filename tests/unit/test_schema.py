@@ -295,7 +295,7 @@ def test_files_that_are_none(tmp_path: Path):
     with pytest.raises(InventoryError, match="is empty"):
         compose(path)
     path.write_bytes(b"a: \xff\xfe")
-    with pytest.raises(InventoryError, match="cannot be read"):
+    with pytest.raises(InventoryError, match="is not UTF-8"):
         compose(path)
     with pytest.raises(InventoryError, match="cannot be read"):
         compose(tmp_path)
