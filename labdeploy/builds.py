@@ -93,14 +93,14 @@ def known(lock: Mapping[str, Any], host: str, runner: str) -> tuple[tuple[str, .
     """Give what the lock knows of a host: builds that were installed, and the one its services name."""
     of_host = lock.get("builds", {}).get(host, {})
     entry = of_host.get(runner, {}) if isinstance(of_host, dict) else None
-    installed, use = (entry.get("installed", []), entry.get("use")) if isinstance(entry, dict) else (None, None)
-    names = [*installed, *([] if use is None else [use])] if isinstance(installed, list) else [None]
-    if not all(isinstance(name, str) for name in names):
-        what = "in the lock: expected installed: [NAME, ...] and use: NAME"
-        raise InventoryError(
-            what, where=f"builds.{host}.{runner}", hint=f"labdeploy runner ls {host}; then mend the lock"
-        )
-    return tuple(installed or ()), use
+    if isinstance(entry, dict):
+        installed, use = entry.get("installed", []), entry.get("use")
+        if isinstance(installed, list) and all(isinstance(n, str) for n in installed) and isinstance(use, str | None):
+            return tuple(installed), use
+    what = "in the lock: expected installed: [NAME, ...] and use: NAME"
+    raise InventoryError(
+        what, where=f"builds.{host}.{runner}", hint="git log -p -- '*.lock.yaml'  # its last good state"
+    )
 
 
 def with_programs(host: Host, lock: Mapping[str, Any]) -> Host:

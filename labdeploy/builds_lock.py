@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from labdeploy import builds
+from labdeploy import builds, lock
 from labdeploy.errors import InventoryError
 
 if TYPE_CHECKING:
@@ -62,9 +62,7 @@ def make_lock(
     path = folder / builds.LOCKS / builds.lock_name(version, variant, python)
     path.parent.mkdir(exist_ok=True)
     text = builds.head(version, variant, python, package, torch_index=backend is not None) + done.stdout
-    fresh = path.with_name(path.name + ".tmp")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(path)
+    lock.replace(path, text)
     return builds.read_lock(path)
 
 

@@ -22,6 +22,7 @@ from labdeploy.cli_base import (
     reporting,
     tell_all,
     unanswered,
+    worst_code,
 )
 from labdeploy.cli_models import models
 from labdeploy.cli_pick import pick
@@ -257,7 +258,7 @@ def probe(options: Options, hosts: tuple[str, ...]) -> int:
         click.echo(report.probe_text(answers, warnings), nl=False)
     errors = [error for host in selected for error in probe.errors(answers[host.name])]
     tell_all(map(str, errors), first_hint(errors))
-    return max((error.exit_code for error in errors), default=0)
+    return worst_code(errors)
 
 
 @cli.command()

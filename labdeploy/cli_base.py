@@ -77,9 +77,10 @@ def _with_inventory(hint: str) -> str:
 def _set(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
     def callback(ctx: click.Context, _param: click.Parameter, value: Any) -> None:  # noqa: ANN401
         options = ctx.ensure_object(Options)
-        if value:
-            setattr(options, name, value)
-        if value and name == "inventory_path":
+        if not value:
+            return
+        setattr(options, name, value)
+        if name == "inventory_path":
             _given_inventory.set(value)
 
     return callback
@@ -118,14 +119,24 @@ def ask(options: Options, hosts: Sequence[str], question: Any) -> tuple[dict[str
     from labdeploy import fleet  # noqa: PLC0415
 
     answers = fleet.ask_all(options.inventory.select(hosts), options.inventory.folder, question)
-    errors = {h: a for h, a in answers.items() if isinstance(a, LabdeployError)}
-    tell_all(map(str, errors.values()), first_hint(errors.values()))
-    return answers, max((error.exit_code for error in errors.values()), default=0)
+    errors = errors_of(answers).values()
+    tell_all(map(str, errors), first_hint(errors))
+    return answers, worst_code(errors)
+
+
+def errors_of(answers: Mapping[str, Any]) -> dict[str, LabdeployError]:
+    """Give the hosts that did not answer, each with its error."""
+    return {h: a for h, a in answers.items() if isinstance(a, LabdeployError)}
+
+
+def worst_code(errors: Iterable[LabdeployError]) -> int:
+    """Give the exit code of several errors, the largest; 0 where there are none."""
+    return max((error.exit_code for error in errors), default=0)
 
 
 def unanswered(answers: Mapping[str, Any]) -> dict[str, Any]:
     """Give the part of a JSON report for the hosts that did not answer."""
-    return {h: {"error": str(a), "hint": a.hint} for h, a in answers.items() if isinstance(a, LabdeployError)}
+    return {h: {"error": str(error), "hint": error.hint} for h, error in errors_of(answers).items()}
 
 
 def first_hint(errors: Iterable[LabdeployError]) -> str:

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from labdeploy.cli_base import Options, ask, common, hosts_argument, print_json, reporting, tell_all
+from labdeploy.cli_base import (
+    Options,
+    ask,
+    common,
+    errors_of,
+    hosts_argument,
+    print_json,
+    reporting,
+    tell_all,
+    worst_code,
+)
 from labdeploy.errors import CheckError, HostError, InventoryError, LabdeployError
 
 if TYPE_CHECKING:
@@ -269,10 +279,10 @@ def models_restore(options: Options, manifest: Path, hosts: tuple[str, ...], fol
 
     wanted = model_restore.wanted(options.inventory, manifest, hosts)
     stores, _ = _ask_stores(options, (), sums=True)
-    unheard = [answer for host in wanted if isinstance(answer := stores.get(host), LabdeployError)]
-    heard = {host: models for host, models in wanted.items() if not isinstance(stores.get(host), LabdeployError)}
+    unheard = {host: error for host, error in errors_of(stores).items() if host in wanted}
+    heard = {host: models for host, models in wanted.items() if host not in unheard}
     todo = model_restore.items(options.inventory, heard, stores, folders)
     _copy_all(options, todo)
     if not todo and not unheard and not options.json:
         click.echo("nothing is missing")
-    return max((error.exit_code for error in unheard), default=0)
+    return worst_code(unheard.values())

@@ -17,6 +17,7 @@ from labdeploy.cli_base import (
     print_json,
     reporting,
     tell_all,
+    worst_code,
 )
 from labdeploy.errors import INTERRUPTED, InventoryError, LabdeployError
 
@@ -119,7 +120,7 @@ def rollback(options: Options, hosts: tuple[str, ...], to: int | None, overwrite
         if name in targets
     ]
     code = _run(options, jobs, push_id, wait_s=wait, flags=["overwrite-drift"] if overwrite_drift else [])
-    return max(code, *(error.exit_code for error in unheard)) if unheard else code
+    return max(code, worst_code(unheard))
 
 
 def _pushes(options: Options, hosts: Sequence[str]) -> tuple[Sequence[Push], Callable[[], Mapping[str, Generation]]]:

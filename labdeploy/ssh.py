@@ -262,11 +262,12 @@ class SshConnection:
             )
         ours = self._host.ssh.key if at is self._connection else None
         key = shlex.quote(str(self._file(ours))) if ours else ""
-        try_it = f"ssh{f' -i {key}' if key else ''} -o UserKnownHostsFile={known_hosts} -p {port} {user}@{address} true"
+        with_key = f" -i {key}" if key else ""
+        try_it = f"ssh{with_key} -o UserKnownHostsFile={known_hosts} -p {port} {user}@{address} true"
         if missed := _missed(error):
             return HostError(f"{address}:{port} {missed}", where=where, hint=try_it)
         if isinstance(error, paramiko.AuthenticationException):
-            hint = f"ssh-copy-id{f' -i {key}' if key else ''} -p {port} {user}@{address}"
+            hint = f"ssh-copy-id{with_key} -p {port} {user}@{address}"
             what = f"{user}@{address} refused the login{f' with key {key}' if key else ''}"
             return HostError(what, where=where, hint=hint)
         if isinstance(error, paramiko.SSHException) and "not found in known_hosts" in str(error):

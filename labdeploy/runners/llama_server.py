@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from labdeploy.runners.base import Prefer
 
 CACHE_RAM_DEFAULT_MIB = 8192  # llama-server's own --cache-ram
+Q8_0: dict[str, Any] = {"cache_type_k": "q8_0", "cache_type_v": "q8_0"}
 WHOLE_TYPES, KV_BLOCK = ("f32", "f16", "bf16"), 32  # the others keep 32 numbers in a block (ggml-common.h)
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 BASE_START_S = 60  # program start, warm-up and a busy machine, before any byte of the model is read
@@ -260,7 +261,7 @@ def _lay_out(asked: LlamaServerSettings, prefer: Prefer, models: Models, room: R
     layout = choose(shape, wish, room)
     if fits(shape, layout, room) or not _may_quantise_cache(asked, shape):
         return layout
-    q8_0 = dataclasses.replace(wish.base, cache_type_k="q8_0", cache_type_v="q8_0")
+    q8_0 = dataclasses.replace(wish.base, **Q8_0)
     smaller = choose(shape, dataclasses.replace(wish, base=q8_0), room)
     return smaller if fits(shape, smaller, room) else layout
 
@@ -275,7 +276,7 @@ def _may_quantise_cache(asked: LlamaServerSettings, shape: ModelShape) -> bool:
 
 
 def _q8_0_works(asked: LlamaServerSettings, shape: ModelShape) -> bool:
-    q8_0 = dataclasses.replace(asked, cache_type_k="q8_0", cache_type_v="q8_0")
+    q8_0 = dataclasses.replace(asked, **Q8_0)
     return any(layer.has_kv for layer in shape.trunk) and not any(_wrong_cache_types(q8_0, shape))
 
 
@@ -507,8 +508,8 @@ def _ways_to_fit(asked: LlamaServerSettings, prefer: Prefer, models: Models, bud
     yield from _lossless_ways(asked, tuned)
     yield from _slower_prompts(asked, models.shape, tuned)
     yield from beside.ways_to_fit(asked, models, tuned)
-    q8_0 = _q8_0_works(asked, models.shape) and asked.cache_type_k is None and asked.cache_type_v is None
-    if q8_0 and tuned(prefer, **Q8_0):
+    q8_0_works = _q8_0_works(asked, models.shape)
+    if q8_0_works and asked.cache_type_k is None and asked.cache_type_v is None and tuned(prefer, **Q8_0):
         yield "cache_type_k: q8_0, cache_type_v: q8_0"
     context, layers = list(_less_context(asked, tuned)), list(_fewer_layers(asked, tuned))
     yield from (*layers, *context) if prefer == "context" else (*context, *layers)
@@ -516,13 +517,10 @@ def _ways_to_fit(asked: LlamaServerSettings, prefer: Prefer, models: Models, bud
         if tuned(parallel=n):
             yield f"parallel: {n}"
             break
-    if not context and _q8_0_works(asked, models.shape):
+    if not context and q8_0_works:
         yield from (f"{line}, cache_type_k: q8_0, cache_type_v: q8_0" for line in _less_context(asked, tuned, **Q8_0))
     if asked.gpu_layers and (both := tuned("context", gpu_layers=None, n_cpu_moe=None, ctx_size=None)):
         yield f"{_layers_line(both)}, ctx_size: {_round_ctx(both)}"
-
-
-Q8_0 = {"cache_type_k": "q8_0", "cache_type_v": "q8_0"}
 
 
 def _lossless_ways(asked: LlamaServerSettings, tuned: Callable[..., _Tuning | None]) -> Iterator[str]:
