@@ -66,7 +66,7 @@ def push(
     wait: int,
 ) -> int:
     """Deploy, verify, switch, check health; where that fails the old generation comes back."""
-    from labdeploy import deploy  # noqa: PLC0415
+    from labdeploy.dial import dialing  # noqa: PLC0415
 
     if bool(hosts) == everything:
         raise click.UsageError("name the hosts to push to, or write --all")
@@ -74,20 +74,22 @@ def push(
     if everything and pushes and not dry_run:
         names = ", ".join(each.name for each in pushes)
         options.confirm(f"Push to {len(pushes)} hosts ({names})?")
-    push_id = deploy.new_push_id()
-    jobs = [deploy.push_job(each, generations, push_id) for each in pushes]
-    return _run(
-        options,
-        jobs,
-        push_id,
-        order=deploy.Order(canary, serial or 0, max_failures),
-        flags=[
-            name for name, on in {"dry-run": dry_run, "overwrite-drift": overwrite_drift, "adopt": adopt}.items() if on
-        ],
-        watch_s=deploy.WATCH_S if watch is None else watch,
-        wait_s=wait,
-        generations=generations,
-    )
+    flags = {"dry-run": dry_run, "overwrite-drift": overwrite_drift, "adopt": adopt}
+    with dialing(pushes[: canary or serial or None]):
+        from labdeploy import deploy  # noqa: PLC0415
+
+        push_id = deploy.new_push_id()
+        jobs = [deploy.push_job(each, generations, push_id) for each in pushes]
+        return _run(
+            options,
+            jobs,
+            push_id,
+            order=deploy.Order(canary, serial or 0, max_failures),
+            flags=[name for name, on in flags.items() if on],
+            watch_s=deploy.WATCH_S if watch is None else watch,
+            wait_s=wait,
+            generations=generations,
+        )
 
 
 @click.command()

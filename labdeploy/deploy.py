@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from labdeploy import __version__
+from labdeploy.dial import WORKERS
 from labdeploy.errors import (
     HostError,
     LabdeployError,
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 Result = Literal["changed", "unchanged", "rolled-back", "failed", "skipped", "would-change"]
 
-WORKERS = 128  # hosts that are talked to at once; all logging in, they take 0.6 s of each other (5 ms each)
 WATCH_S = 6  # a service that crashes five seconds after its first answer is still caught
 CONFIRM_S = 30  # the host waits this long for the second connection before it goes back
 DENIED = "another host of its span failed"

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from labdeploy.deploy import WORKERS
+from labdeploy.dial import WORKERS
 from labdeploy.errors import LabdeployError
 from labdeploy.generation import SpanMark
 from labdeploy.host import HostConnection, Line

@@ -223,8 +223,15 @@ def start_kept(*words: str) -> str:
     if words[0] == "push":
         unchanged = 'nothing_to_do "$3" && [ ! -d "$ROOT/gen/$FROM/stores" ]'
         say = 'printf "result\\tunchanged\\t%s\\n" "${FROM#"${FROM%%[!0]*}"}"'
-        start = f"{program('unchanged.sh').decode()}\nif {unchanged}; then {say}; else {start}; fi"
+        start = f"{_look_first()}\nif {unchanged}; then {say}; else {start}; fi"
     return _as_root(f"set -- {shlex.join(words)}; {start}")
+
+
+@functools.cache
+def _look_first() -> str:
+    """Give unchanged.sh without its comments, for it travels with each push."""
+    lines = program("unchanged.sh").decode().splitlines()
+    return "\n".join(line for line in lines if line and not line.startswith("#"))
 
 
 @functools.cache

@@ -22,13 +22,13 @@ from fabric import Config, Connection
 from paramiko.hostkeys import HostKeyEntry
 
 from labdeploy.deadlines import Watch
+from labdeploy.dial import CONNECT_S, dialed
 from labdeploy.errors import HostError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Self
 
-CONNECT_S = 10
 AUTH_S = 20
 LOGIN_S = 45  # connecting and logging in as a whole: an agent may hold several keys, each with AUTH_S
 CHANNEL_S = 20  # paramiko's own default is an hour
@@ -95,6 +95,7 @@ class SshConnection:
             with self._at_most(LOGIN_S, "no login"):
                 for at in self._way():
                     self._trust_known_keys(at)
+                    self._take_dialed(at)
                     at.open()
             self._connection.transport.set_keepalive(KEEPALIVE_S)
         except Exception as error:
@@ -154,6 +155,11 @@ class SshConnection:
             jump.connect_kwargs = {**jump.connect_kwargs, **_DEADLINES, "transport_factory": _transport_on}
             way.insert(0, jump)
         return way
+
+    def _take_dialed(self, connection: Connection) -> None:
+        """Let it use the TCP connection that was opened ahead; what reached its address directly is of no use else."""
+        if not connection.gateway and (sock := dialed(connection.host, connection.port)):
+            connection.connect_kwargs = {**connection.connect_kwargs, "sock": sock}
 
     def _file(self, name: str) -> Path:
         return self._folder / Path(name).expanduser()

@@ -2,8 +2,9 @@
 # rest is builtins. It comes with the command, ahead of the program that the host keeps: to hash and read that one takes
 # longer than all of this, and some ask many hosts that are one machine. No single quotes, for it is quoted twice.
 #
-# The question is `list-units`: for `show` systemd collects all properties of each unit and systemctl reads them, whichever
-# are asked for (11.5 instead of 6.7 ms of processor time for two units, systemd 262).
+# The question goes over the system bus: it takes 3 ms of processor time, `systemctl is-active` or `list-units` 5 (to root it
+# opens a connection of its own to systemd), and `show` 10, for systemd collects all properties of each unit, whichever are
+# asked for (two units, systemd 262).
 
 # shellcheck shell=sh disable=SC2015,SC2034,SC2086
 # (names of units are of [A-Za-z0-9._-] alone, so lists of them are split at spaces on purpose; FROM is for others)
@@ -34,17 +35,24 @@ EOF
 }
 
 run_undisturbed() { # UNIT...: all are active, and no transaction runs
-    _n=0
-    while read -r _u _ _a _; do
-        case $_u:$_a in
-            "$TXN_UNIT":inactive | "$TXN_UNIT":failed) ;;
-            "$TXN_UNIT":*) return 1 ;;
-            *:active) _n=$((_n + 1)) ;;
-        esac
-    done <<EOF
-$(systemctl list-units --all --full --plain --no-legend "$TXN_UNIT" "$@" 2>/dev/null)
-EOF
-    [ "$_n" = $# ]
+    states_of "$TXN_UNIT" "$@"
+    set -- $_states
+    case ${1-} in inactive | failed) shift ;; *) return 1 ;; esac
+    for _s; do [ "$_s" = active ] || return 1; done
+}
+
+states_of() { # UNIT...: sets _states, the ActiveState of each in their order
+    _at=org.freedesktop.systemd1 _states=""
+    if ! _told=$(busctl call "$_at" /org/freedesktop/systemd1 "$_at.Manager" ListUnitsByNames as $# "$@" 2>/dev/null); then
+        _states=$(systemctl is-active "$@") # there is no system bus
+        return 0
+    fi
+    for _u; do # each is told as "NAME" "DESCRIPTION" "LOADED" "STATE" "SUB-STATE" "" "PATH" 0 "" "/"; quotes in it are escaped
+        _one=${_told#*"\"$_u\" \""}
+        _one=${_one%%"\" \"\" \"/"*}
+        _one=${_one%"\" \""*}
+        _states="$_states ${_one##*"\" \""}"
+    done
 }
 
 starts_at_boot() { # UNIT; apply.sh has globbing off

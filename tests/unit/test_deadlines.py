@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import paramiko
 import pytest
 
-from labdeploy import deploy, ssh
+from labdeploy import deploy, dial, ssh
 from labdeploy.errors import HostError
 from labdeploy.hardware import Cpu, Hardware
 from labdeploy.host import HostConnection
@@ -127,6 +127,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every deadline short."""
     for name, seconds in {"CONNECT_S": 1, "AUTH_S": 1, "CHANNEL_S": 1, "LOGIN_S": 3}.items():
         monkeypatch.setattr(ssh, name, seconds * SHORT_S)
+    monkeypatch.setattr(dial, "CONNECT_S", SHORT_S)
     for name in ssh._DEADLINES:
         monkeypatch.setitem(ssh._DEADLINES, name, SHORT_S)
 
@@ -209,6 +210,23 @@ def test_a_host_that_is_gone_without_a_word_is_noticed(tmp_path: Path) -> None:
             assert there._connection.transport.packetizer._Packetizer__keepalive_interval == ssh.KEEPALIVE_S
     finally:
         good.close()
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("hanging", ["connect", "banner", "result"], indirect=True)
+def test_a_connection_that_was_dialed_ahead_is_the_one_that_is_used(hanging: HangingHost, tmp_path: Path) -> None:
+    """Once; and what goes wrong with it is told as ever, in the same time."""
+    host = reachable(tmp_path, hanging.port)
+    with dial.dialing([host]):
+        if hanging.hangs_at == "result":
+            with HostConnection(host, tmp_path), HostConnection(host, tmp_path):
+                assert hanging.n_connections == 2
+            return
+        started = time.monotonic()
+        said = "does not answer within" if hanging.hangs_at == "connect" else "no SSH server answers"
+        with pytest.raises(HostError, match=said), HostConnection(host, tmp_path):
+            pass
+        assert time.monotonic() - started < 3 * SHORT_S
 
 
 def test_a_connection_that_has_ended_is_told_as_that_hosts_error(tmp_path: Path) -> None:
