@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Self
 
+    from _typeshed import ReadableBuffer
+
 AUTH_S = 20
 LOGIN_S = 45  # connecting and logging in as a whole: an agent may hold several keys, each with AUTH_S
 CHANNEL_S = 20  # paramiko's own default is an hour
@@ -329,16 +331,33 @@ class ChannelSocket:
         return io.BufferedReader(_ChannelBytes(self._channel))
 
 
+class _PromptSocket(socket.socket):
+    """A TCP socket that has what comes after something was sent acknowledged at once, not up to 40 ms later.
+
+    sshd sends its first answers as separate small packets, and before OpenSSH 10 its kernel keeps each back until the
+    one before is acknowledged (Nagle): opening a session took 47 ms instead of 6 (OpenSSH 9.2, loopback).
+    """
+
+    def send(self, data: ReadableBuffer, flags: int = 0) -> int:
+        """Send; the kernel forgets the wish for prompt acknowledgements with each one."""
+        n = super().send(data, flags)
+        with contextlib.suppress(OSError, AttributeError):  # gone meanwhile; only Linux has it
+            self.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        return n
+
+
 def _transport_on(sock: socket.socket, **kwargs: Any) -> paramiko.Transport:  # noqa: ANN401
-    """Make a transport for a socket.
+    """Make a transport for a socket, or for a jump host's channel, which is none.
 
     It sends small packets at once: connect and login take 22 ms instead of 64 (loopback). It ends when the host is gone
     without a word: without TCP_USER_TIMEOUT Linux goes on sending for 15 minutes. And it prefers AES-GCM, as OpenSSH 10
     does: with other ciphers paramiko compares the checksum of each packet byte by byte in Python.
     """
-    with contextlib.suppress(OSError, AttributeError):  # a jump host's channel is no TCP socket
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_S * 1000)
+    if isinstance(sock, socket.socket):
+        sock = _PromptSocket(sock.family, sock.type, sock.proto, fileno=sock.detach())
+        with contextlib.suppress(OSError, AttributeError):  # only Linux has the second
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_S * 1000)
     transport = paramiko.Transport(sock, **kwargs)
     options = transport.get_security_options()
     options.ciphers = sorted(options.ciphers, key=lambda name: "gcm" not in name)

@@ -212,6 +212,31 @@ def test_a_host_that_is_gone_without_a_word_is_noticed(tmp_path: Path) -> None:
         good.close()
 
 
+def test_an_answer_in_two_packets_is_not_kept_back() -> None:
+    """A server with Nagle keeps the second back until the first is acknowledged: 40 ms, where Linux is not asked."""
+    answer, took = b"ab", []
+
+    def serve(there: socket.socket) -> None:
+        while there.recv(1):
+            for byte in answer:
+                time.sleep(0.001)
+                there.send(bytes([byte]))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        here, (there, _) = socket.create_connection(listener.getsockname()), listener.accept()
+    threading.Thread(target=serve, args=(there,), daemon=True).start()
+    transport = ssh._transport_on(here)
+    with contextlib.closing(transport.sock) as sock, there:
+        sock.settimeout(PATIENCE_S)
+        for _ in range(15):
+            started = time.monotonic()
+            sock.send(b"?")
+            assert sock.recv(1) + sock.recv(1) == answer
+            took.append(time.monotonic() - started)
+        sock.shutdown(socket.SHUT_WR)
+    assert sorted(took)[len(took) // 2] < 0.03
+
+
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("hanging", ["connect", "banner", "result"], indirect=True)
 def test_a_connection_that_was_dialed_ahead_is_the_one_that_is_used(hanging: HangingHost, tmp_path: Path) -> None:
