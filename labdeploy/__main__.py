@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import gc
 import shlex
 import sys
 
@@ -15,7 +16,9 @@ from labdeploy.errors import INTERRUPTED, InventoryError, LabdeployError
 
 def main() -> None:
     """Run labdeploy and exit with its code."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    gc.freeze()  # else the interpreter looks through all modules for garbage on its way out: 40 of the 240 ms of a push
+    sys.exit(code)
 
 
 def run(argv: list[str]) -> int:
