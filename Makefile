@@ -45,7 +45,7 @@ faults: setup system
 	LABDEPLOY_FAULTS=all $(BIN)/python -m pytest tests/fleet/test_faults.py tests/fleet/test_power.py \
 		tests/fleet/test_ollama_faults.py tests/fleet/test_many_pushes.py -n $(or $(WORKERS),4) $(ARGS)
 
-# Times pushes beside Ansible, pyinfra, OpenSSH and a bare script on the same hosts; ten minutes, and a quiet machine.
+# Times pushes beside Ansible, pyinfra, OpenSSH and a bare script on the same hosts; 15 minutes, and a quiet machine.
 # Writes docs/benchmarks.md. QUICK=1 tries it in a minute and writes nothing.
 bench: setup system
 	$(BIN)/python tests/bench/push.py $(if $(QUICK),--quick)

@@ -30,8 +30,9 @@ A push that finds nothing to do, beside other tools doing the same job on the sa
 one that is installed, and run one command. Whole processes, from start to end. labdeploy does more with that: it sees
 whether another push runs, compares every unit it installed, and asks systemd for the state of each.
 
-{machine}. Medians; in brackets the fastest and the slowest run. Each round runs every tool once, in turn, so that what
-else the machine does falls on all of them.
+{machine}. Medians; in brackets the fastest and the slowest run. Tools run in turn, round after round, so that what else
+the machine does falls on all of them: the slow ones once, the fast ones before, between and after them. Times of
+labdeploy's are of the medians of a round.
 
 ![Seconds by tool](benchmarks.svg)
 
@@ -109,9 +110,16 @@ class Results:
         return [run for run in self.runs if (run.tool, run.n) == (tool, n)]
 
     def ratios(self, tool: str, other: str, n: int) -> list[float]:
-        """Give how many times as long as the other a tool took, round by round."""
-        pairs = zip(self.of(tool, n), self.of(other, n), strict=False)
-        return [mine.wall_s / theirs.wall_s for mine, theirs in pairs]
+        """Give how many times as long as the other a tool took, by the medians of each round that has both."""
+        mine, theirs = self._rounds(tool, n), self._rounds(other, n)
+        return [mine[i] / theirs[i] for i in mine if i in theirs]
+
+    def _rounds(self, tool: str, n: int) -> dict[int, float]:
+        runs = self.of(tool, n)
+        return {
+            i: statistics.median(run.wall_s for run in runs if run.round_ == i)
+            for i in sorted({run.round_ for run in runs})
+        }
 
     def gaps(self, way: str, cache: str) -> list[float]:
         """Give the seconds without an answer."""
