@@ -192,8 +192,8 @@ def _cgroups(address: str) -> list[Path]:
 
 def _pids(address: str) -> Iterator[int]:
     for cgroup in _cgroups(address)[:1]:
-        for file in cgroup.rglob("cgroup.procs"):
-            yield from map(int, _read(file).split())
+        for folder, _, _ in os.walk(cgroup):  # it goes on where a cgroup ends meanwhile; rglob does not (Python 3.11)
+            yield from map(int, _read(Path(folder, "cgroup.procs")).split())
 
 
 def _is_init(pid: int) -> bool:

@@ -75,7 +75,7 @@ def measured(
     say("planning and rendering")
     render = push_render.measured(folder / "render", programs, n_hosts=100 if quick else 1000)
     say("time without an answer")
-    downtime = push_downtime.measured(folder / "downtime", host, n=1 if quick else 5)
+    downtime = push_downtime.measured(folder / "downtime", host, n=1 if quick else 9)
     few, many = sizes[0][0], sizes[-1][0]
     cpu_ms = push_page.cpu_ms_per_host(runs, few, many)
     say("simulating many hosts")

@@ -30,9 +30,9 @@ A push that finds nothing to do, beside other tools doing the same job on the sa
 one that is installed, and run one command. Whole processes, from start to end. labdeploy does more with that: it sees
 whether another push runs, compares every unit it installed, and asks systemd for the state of each.
 
-{machine}. Medians; in brackets the fastest and the slowest run. Tools run in turn, round after round, so that what else
-the machine does falls on all of them: the slow ones once, the fast ones before, between and after them. Times of
-labdeploy's are of the medians of a round.
+{machine}. Medians; in brackets the fastest and the slowest run, or the least and the greatest ratio. Tools run
+in turn, round after round, so that what else the machine does falls on all of them: in each round the slow ones once,
+the fast ones before, between and after them. Ratios are between the medians of one round.
 
 ![Seconds by tool](benchmarks.svg)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import shutil
 import socket
 from pathlib import Path
 
@@ -162,6 +163,19 @@ def test_nothing_runs_at_an_address_that_nobody_has():
     """No cgroup is an answer, not an error."""
     assert not sandbox_boot.is_running("127.77.0.255")
     assert sandbox_boot.leader("127.77.0.255") is None
+
+
+def test_cgroups_that_end_while_they_are_looked_at_are_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A host that reboots loses one after another."""
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "cgroup.procs").write_text("1\n")
+    monkeypatch.setattr(sandbox_boot, "_cgroups", lambda _address: [tmp_path])
+    found = sandbox_boot._pids("127.77.0.9")
+    assert next(found) == 1
+    for name in ("a", "b", "c"):
+        shutil.rmtree(tmp_path / name)
+    assert list(found) == []
 
 
 def test_commands_in_a_host_inherit_nothing():
