@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import ipaddress
 import itertools
 import os
 import re
@@ -17,7 +16,9 @@ import select
 import socket
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
+
+from labdeploy.addresses import is_ip
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -56,7 +57,7 @@ def dialed(address: str, port: int) -> socket.socket | None:
 
 
 def _dial(addresses: set[tuple[str, int]]) -> None:
-    by_name = {at for at in addresses if not _is_ip(at[0])}
+    by_name = {at for at in addresses if not is_ip(at[0])}
     if by_name:  # to look a name up is to wait
         threads = ThreadPoolExecutor(len(by_name), "dial")
         _dialed.update({at: threads.submit(socket.create_connection, at, CONNECT_S) for at in by_name})
@@ -78,27 +79,22 @@ def _begun(address: str, port: int) -> socket.socket:
     sock = socket.socket(family, kind, protocol)
     sock.settimeout(0)
     if (code := sock.connect_ex(where)) not in (0, errno.EINPROGRESS):
-        sock.close()
-        raise OSError(code, os.strerror(code))
+        _fail(sock, code)
     return sock
 
 
 def _connected(sock: socket.socket) -> socket.socket:
     ready = select.poll()
     ready.register(sock, select.POLLOUT)
-    if not ready.poll(CONNECT_S * 1000):
-        sock.close()
-        raise TimeoutError
-    if code := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-        sock.close()
-        raise OSError(code, os.strerror(code))
+    in_time = ready.poll(CONNECT_S * 1000)
+    if code := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if in_time else errno.ETIMEDOUT:
+        _fail(sock, code)
     return sock
 
 
-def _is_ip(address: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return bool(ipaddress.ip_address(address))
-    return False
+def _fail(sock: socket.socket, code: int) -> NoReturn:
+    sock.close()
+    raise OSError(code, os.strerror(code))
 
 
 def _text(file: Path) -> str:

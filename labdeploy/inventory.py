@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from labdeploy.addresses import is_ip
 from labdeploy.errors import InventoryError
 from labdeploy.hardware import UNKNOWN, Hardware, Reserve
 from labdeploy.runners import RUNNERS
@@ -437,16 +437,8 @@ def _member_problems(name: str, service: Service, hosts: Mapping[str, Host]) -> 
             continue
         if i and name in hosts[member].services:
             yield "span", f"{member} has a service {name} of its own; give one of them another name"
-        if not service.settings.span_addresses and not _is_ip(hosts[member].address or member):
+        if not service.settings.span_addresses and not is_ip(hosts[member].address or member):
             yield "span", f"{member} has no IP address under address:; write span_addresses: [ADDRESS, ADDRESS]"
-
-
-def _is_ip(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _check_gpus(host_name: str, host: Host, root: yaml.Node, place: Place) -> None:

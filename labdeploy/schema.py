@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NewType, Protocol, TypeVar
 
 import yaml
 
+from labdeploy.addresses import is_ip
 from labdeploy.errors import InventoryError
 
 if TYPE_CHECKING:
@@ -203,9 +204,7 @@ class IpAddress:
         text = Text("an IP address").read(node, place)
         if text is None:
             return None
-        try:
-            ipaddress.ip_address(text)
-        except ValueError:
+        if not is_ip(text):
             place.problem(node, f"{text!r} is not an IP address; write 127.0.0.1 (this host only) or 0.0.0.0")
             return None
         return str(ipaddress.ip_address(text))

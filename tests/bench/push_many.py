@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from labdeploy import deploy, report
+from labdeploy.dial import CONNECT_S
 from labdeploy.errors import HostError
 from labdeploy.host import Line
 from labdeploy.remembered import Login, Push
-from labdeploy.ssh import CONNECT_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from labdeploy.deploy import WORKERS
+from labdeploy.dial import WORKERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
