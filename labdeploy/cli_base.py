@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from labdeploy.errors import DeclinedError, InventoryError, LabdeployError
+from labdeploy.errors import DeclinedError, InventoryError, LabdeployError, all_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from labdeploy.generation import Generation
     from labdeploy.inventory import Host, Inventory
@@ -162,31 +162,21 @@ def plans_of(inventory: Inventory, hosts: Sequence[str]) -> list[HostPlan]:
     known = lock.read(inventory.lock_path)
     book, selected = ModelBook(inventory, known), inventory.select(hosts)
     needed = inventory.with_companions(selected)
-    _require_known(needed, book)
+    all_of(_what_must_be_known(needed, book))
     plans = plan.plan_hosts((builds.with_programs(host, known) for host in needed), book)
     wanted = {host.name for host in selected}
     return [p for p in plans if p.host.name in wanted]
 
 
-def _require_known(hosts: Sequence[Host], book: ModelBook) -> None:
-    """Raise one InventoryError for all that neither the inventory nor the lock knows of hosts and their models."""
+def _what_must_be_known(hosts: Sequence[Host], book: ModelBook) -> Iterator[Callable[[], object]]:
+    """Give what asks whether the inventory or the lock know the hosts and their models."""
     from labdeploy import machines  # noqa: PLC0415
 
     models = {
         name: host.models_dir or "" for host in hosts for s in host.services.values() for name in s.models.values()
     }
-    asks: list[Callable[[], object]] = [lambda: machines.require_known(hosts, book.machine)]
-    asks += [functools.partial(book.facts, name, folder) for name, folder in models.items()]
-    errors = []
-    for each in asks:
-        try:
-            each()
-        except InventoryError as error:
-            errors.append(error)
-    if len(errors) > 1:
-        raise InventoryError("\n".join(map(str, errors)), hint=first_hint(errors))
-    if errors:
-        raise errors[0]
+    yield functools.partial(machines.require_known, hosts, book)
+    yield from (functools.partial(book.facts, name, folder) for name, folder in models.items())
 
 
 def generations_for(options: Options, plans: Sequence[HostPlan]) -> dict[str, Generation]:

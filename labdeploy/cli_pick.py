@@ -43,7 +43,7 @@ def pick(
     inventory = options.inventory
     wish = _wish(options, model, purpose, at_once, gpu)
     known, selected = lock.read(inventory.lock_path), inventory.select(hosts)
-    machines.require_known(selected, ModelBook(inventory, known).machine)
+    machines.require_known(selected, ModelBook(inventory, known))
     found = pick.pick(inventory, known, selected, wish)
     if options.json:
         print_json(pick.to_json(found))

@@ -15,6 +15,12 @@ The core raises these; only cli.py turns them into text and an exit code.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+T = TypeVar("T")
 INTERRUPTED = 130  # as shells report a program that SIGINT ended
 
 
@@ -84,3 +90,19 @@ class CheckError(LabdeployError):
     """A check of a running service failed."""
 
     exit_code = 8
+
+
+def all_of(asks: Iterable[Callable[[], T]]) -> list[T]:
+    """Return what each gives; where some raise InventoryError, raise one that says all of them, each once."""
+    given: list[T] = []
+    errors: dict[str, InventoryError] = {}
+    for ask in asks:
+        try:
+            given.append(ask())
+        except InventoryError as error:
+            errors.setdefault(str(error), error)
+    if len(errors) == 1:
+        raise next(iter(errors.values()))
+    if errors:
+        raise InventoryError("\n".join(errors), hint=next((each.hint for each in errors.values() if each.hint), ""))
+    return given

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -149,8 +150,8 @@ class Service(ServiceKeys):
 class ServiceKind:
     """Reads a service: the common keys plus those of its runner."""
 
-    def read(self, node: yaml.Node, place: Place) -> Service | None:
-        """Return the service: what is wrong is noted and left out; None where it has no model or port."""
+    def read(self, node: yaml.Node, place: Place) -> Service:
+        """Return the service: what is wrong is noted and left out; without a model its name is empty, its port 0."""
         known = settings_of(ServiceKeys)
         values: dict[str, Any] = {}
         rest: list[tuple[yaml.ScalarNode, yaml.Node]] = []
@@ -164,7 +165,7 @@ class ServiceKind:
                 place.problem(node, f"{name} is missing: {declared.metadata['doc']}")
         settings = self._runner_settings(values.get("runner", "auto"), rest, place)
         read = {name: value for name, value in values.items() if value is not None}
-        return Service(**read, settings=settings) if "model" in read and "port" in read else None
+        return Service(**{"model": "", "port": 0, **read}, settings=settings)
 
     def _runner_settings(self, runner: str | None, rest: list[tuple[yaml.ScalarNode, yaml.Node]], place: Place) -> Any:  # noqa: ANN401
         """Read the keys that belong to the runner; a key of another runner is an unknown one here."""
@@ -259,6 +260,14 @@ class Inventory(InventoryKeys):
     def lock_path(self) -> Path:
         """Its lock file, beside it."""
         return self.path.with_name(self.path.stem + ".lock.yaml")
+
+    def at(self, path: str) -> str:
+        """Say where a dotted path stands: `inventory.yaml:12: models.qwen`; the line of the deepest part there is."""
+        return f"{self.path.name}:{_line(self._root, path.split('.'))}: {path}"
+
+    @functools.cached_property
+    def _root(self) -> yaml.Node:
+        return compose(self.path)
 
     def select(self, patterns: Iterable[str]) -> list[Host]:
         """Give the hosts that names, groups and globs mean, in the inventory's order; all of them for no pattern."""
@@ -368,8 +377,7 @@ def _below(node: yaml.Node, key: str) -> dict[str, yaml.Node]:
 
 def _services(host: yaml.Node) -> dict[str, Service]:
     """Give the services of a host that could not be read as a whole; what is wrong with them was noted already."""
-    found = {name: ServiceKind().read(node, Place("", "")) for name, node in _below(host, "services").items()}
-    return {name: service for name, service in found.items() if service is not None}
+    return {name: ServiceKind().read(node, Place("", "")) for name, node in _below(host, "services").items()}
 
 
 def _check_runners(runners: Mapping[str, str], at: str, root: yaml.Node, place: Place) -> None:
@@ -384,10 +392,10 @@ def _check_services(host_name: str, host: Host, models: Iterable[str], root: yam
     for name, service in host.services.items():
         at = f"hosts.{host_name}.services.{name}"
         for key, model in service.models.items():
-            if model not in models:
+            if model and model not in models:
                 _note(root, place, f"{at}.{key}", f"{model!r} is not under models{did_you_mean(model, models)}")
         for other, bind in taken.get(service.port, []):
-            if _overlap(bind, service.bind):
+            if service.port and _overlap(bind, service.bind):
                 _note(root, place, f"{at}.port", f"{service.port} is already the port of {other} on this host")
         taken.setdefault(service.port, []).append((name, service.bind))
         unit = service.unit or default_unit(name)

@@ -14,15 +14,17 @@ from labdeploy.hardware import Cpu, Gpu, Hardware
 from labdeploy.schema import Mib
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from labdeploy.facts.cpu import CpuFacts
     from labdeploy.facts.gpu import GpuFacts
     from labdeploy.facts.machine import Machine
     from labdeploy.inventory import Host
+    from labdeploy.models.book import ModelBook
 
 QUARTERS_FROM_MIB = 25600  # where ABOUT is a quarter of a GiB, so that two sizes that differ look different
 MAPPED_PART = 2  # a mapped file is read page by page, and others read too: half of what dd had to itself
+_UNKNOWN = "is not all written, and the lock does not know it"
 ABOUT = 0.01  # sizes on the box and sizes that drivers tell differ by less: 24GiB is 24564 MiB on an RTX 4090
 
 
@@ -41,19 +43,20 @@ class Difference:
 
 def completed(host: Host, machine: Machine | None) -> Host:
     """Fill in what the inventory leaves out of a host's hardware; InventoryError where nobody knows it."""
-    require_known([host], lambda _name: machine)
-    hardware = host.hardware if host.hardware.is_known else _joined(host.hardware, _probed(machine) or host.hardware)
+    probed = _probed(machine)
+    if not host.hardware.is_known and probed is None:
+        raise InventoryError(_UNKNOWN, where=f"hosts.{host.name}.hardware", hint=f"labdeploy probe {host.name}")
+    hardware = host.hardware if host.hardware.is_known else _joined(host.hardware, probed or host.hardware)
     done = dataclasses.replace(host, hardware=_filled_in(hardware, machine) if machine else hardware)
     _check_gpus(done)
     return done
 
 
-def require_known(hosts: Iterable[Host], machine_of: Callable[[str], Machine | None]) -> None:
+def require_known(hosts: Iterable[Host], book: ModelBook) -> None:
     """Raise one InventoryError that names every host of which neither the inventory nor the lock says what it has."""
-    unknown = [host.name for host in hosts if not host.hardware.is_known and _probed(machine_of(host.name)) is None]
+    unknown = [host.name for host in hosts if not host.hardware.is_known and _probed(book.machine(host.name)) is None]
     if unknown:
-        what = "is not all written, and the lock does not know it"
-        lines = "\n".join(f"hosts.{name}.hardware: {what}" for name in unknown)
+        lines = "\n".join(f"{book.at(f'hosts.{name}.hardware')}: {_UNKNOWN}" for name in unknown)
         raise InventoryError(lines, hint=f"labdeploy probe {' '.join(unknown)}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from labdeploy import agreement
-from labdeploy.errors import FitError, InventoryError
+from labdeploy.errors import FitError, InventoryError, all_of
 from labdeploy.machines import completed, differences
 from labdeploy.runners import RUNNERS
 from labdeploy.runners.base import Budget, GpuBudget, Request, ServicePlan, require_known_flags
@@ -66,11 +67,14 @@ class HostPlan:
 
 
 def plan_hosts(hosts: Iterable[Host], book: ModelBook) -> list[HostPlan]:
-    """Plan hosts. What spans several is planned on each alone, then once more with what all of them can."""
+    """Plan hosts. What spans several is planned on each alone, then once more with what all of them can.
+
+    InventoryError where something cannot be served at all; it names everything of all hosts.
+    """
     hosts = list(hosts)
-    plans = [plan_host(host, book) for host in hosts]
+    plans = all_of(functools.partial(plan_host, host, book) for host in hosts)
     if agreed := dict(agreement.disagreements(plans)):
-        again = (plan_host(agreement.with_settings(host, agreed), book) for host in hosts)
+        again = all_of(functools.partial(plan_host, agreement.with_settings(host, agreed), book) for host in hosts)
         plans = [agreement.with_reasons(plan, agreed) for plan in again]
     return agreement.with_ids(plans)
 
@@ -109,8 +113,13 @@ def _what_plans_depend_on(host: Host, book: ModelBook) -> Hashable:
 
 
 def _plan_services(host: Host, book: ModelBook) -> tuple[ServicePlan, ...]:
-    requests = {name: _request(host, service, book) for name, service in host.services.items()}
-    planned = _together(host, requests)
+    asked = all_of(functools.partial(_request, host, service, book) for service in host.services.values())
+    requests = dict(zip(host.services, asked, strict=True))
+    try:
+        planned = _together(host, requests)
+    except InventoryError:
+        all_of(functools.partial(_plan, host, r, _budget(host, {}, requests)) for r in asked)
+        raise
     misfits = [name for name, plan in planned.items() if not plan.fits]
     ways = {name: _ways_to_fit(host, requests, planned, name, book) for name in misfits}
     plans = {name: dataclasses.replace(plan, ways_to_fit=ways.get(name, ())) for name, plan in planned.items()}

@@ -41,6 +41,10 @@ class ModelBook:
             **_told(known),
         )
 
+    def at(self, path: str) -> str:
+        """Say where a dotted path stands in the inventory."""
+        return self._inventory.at(path)
+
     def machine(self, host: str) -> Machine | None:
         """Give what a host said of itself; None where it was never probed."""
         if host not in self._machines:
@@ -84,7 +88,7 @@ class ModelBook:
         tried = f"{self._inventory.folder / local} does not exist and " if local else ""
         raise InventoryError(
             f"nothing is known of its shape: {tried}{self._inventory.lock_path.name} has no entry for it",
-            where=f"models.{name} ({self._inventory.path})",
+            where=self.at(f"models.{name}"),
             hint=f"labdeploy inspect FILE --add {name}  # a local copy, or HOST:/path of one on a host",
         )
 

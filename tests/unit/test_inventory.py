@@ -114,6 +114,27 @@ def test_a_host_with_a_problem_of_its_own_is_still_a_host(lab: Lab):
     assert [problem.split(": ")[1] for problem in found] == ["hosts.gpu2.adress", "models.qwen.path"]
 
 
+def test_a_service_with_a_bad_key_is_still_a_service(lab: Lab):
+    """A bad port or model hides nothing else of it, and is not taken for another service's."""
+    services = """\
+      one: {runner: llama-server, model: qwn, port: many, flags: [--ctx-size, 1]}
+      two: {runner: llama-server, model: "q/2", port: 0}
+      three: {port: 8080}
+"""
+    text = f"hosts:\n  h:\n    hardware: {{cpu: {{cores: 4}}, ram: 8GiB}}\n    services:\n{services}"
+    assert [problem.split(": ", 1)[1] for problem in lab.problems(text + "models: {qwen: {path: qwen.gguf}}")] == [
+        "hosts.h.services.one.port: 'many' is not a whole number",
+        "hosts.h.services.one.model: 'qwn' is not under models; did you mean \"qwen\"?",
+        "hosts.h.services.one.flags: --ctx-size is set by the plan; write ctx_size:",
+        (
+            "hosts.h.services.two.model: 'q/2' is not a name under models (letters, digits, '.', '_' and '-', at most "
+            "63, starting with a letter or digit)"
+        ),
+        "hosts.h.services.two.port: 0 is out of range; it must be from 1 to 65535",
+        "hosts.h.services.three: model is missing: a name under models",
+    ]
+
+
 @pytest.mark.parametrize(
     ("lines", "wanted"),
     [

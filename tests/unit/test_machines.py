@@ -71,9 +71,10 @@ def test_hardware_that_nobody_knows_is_one_error(lab: Lab):
     ran = lab.run("plan")
     assert ran.code == 2
     assert ran.err == (
-        "error: hosts.a.hardware: is not all written, and the lock does not know it\n"
-        "error: hosts.c.hardware: is not all written, and the lock does not know it\n"
-        f"error: models.qwen3-4b ({lab.path}): nothing is known of its shape: inventory.lock.yaml has no entry for it\n"
+        "error: inventory.yaml:1: hosts.a.hardware: is not all written, and the lock does not know it\n"
+        "error: inventory.yaml:1: hosts.c.hardware: is not all written, and the lock does not know it\n"
+        "error: inventory.yaml:4: models.qwen3-4b: nothing is known of its shape: "
+        "inventory.lock.yaml has no entry for it\n"
         "\nhint: labdeploy probe a c\n"
     )
 

@@ -598,6 +598,24 @@ def test_types_of_the_cache_that_end_llama_server_are_refused(lab: Lab, keys: st
     assert "q8_0" not in ran.err
 
 
+def test_what_cannot_be_served_is_told_of_all_services_at_once(lab: Lab):
+    """Of all hosts too, and whether it shows when a service is looked up or when it is planned; each once."""
+    lab.copy_lock()
+    wrong = "runner: llama-server, flash_attn: off, cache_type_v: q8_0, model: qwen3-8b, port"
+    snapshot = "runner: llama-server, model: qwen2.5-7b-awq, port"
+    fine = "model: qwen3-8b, port"
+    hosts = {"g": {"a": f"{wrong}: 1", "b": f"{wrong}: 2"}, "h": {"c": f"{snapshot}: 1", "d": f"{fine}: 2"}}
+    services = {host: ", ".join(f"{name}: {{{keys}}}" for name, keys in found.items()) for host, found in hosts.items()}
+    written = ", ".join(f"{host}: {{hardware: {{{RTX}}}, services: {{{found}}}}}" for host, found in services.items())
+    lab.write(f"hosts: {{{written}}}\n{MODELS}")
+    ran = lab.run("plan")
+    assert ran.code == 2
+    said = "cache_type_v: q8_0 needs flash attention, which is off"
+    assert ran.err.splitlines()[:2] == [f"error: g: a: {said}", f"error: g: b: {said}"]
+    assert ran.err.splitlines()[2].startswith("error: h: c: ")
+    assert ran.err.count("error: ") == 3
+
+
 def test_a_key_without_a_value_is_as_one_that_is_not_there(lab: Lab):
     """As it is everywhere else in an inventory, and as the JSON Schema says."""
     empty = lab.plan(RTX, a="model: qwen3-8b, port: 8080, runner: llama-server, bind: , ctx_size: null")
