@@ -233,7 +233,7 @@ def _ways_to_fit(
 
     The runner offers lines in the order of what is lost; a smaller model of the inventory comes last.
     """
-    offered = [(line, _with_line(requests[name], line)) for line in planned[name].ways_to_fit]
+    offered = ((line, _with_line(requests[name], line)) for line in planned[name].offers())
     found: list[str] = []
     for line, changed in itertools.chain(offered, _smaller_models(host, requests[name], book)):
         if len(found) == MOST_WAYS or any(known.startswith("model: ") for known in found):

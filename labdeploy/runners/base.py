@@ -12,7 +12,7 @@ from labdeploy.errors import InventoryError
 from labdeploy.schema import did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from labdeploy.facts.build import Build
     from labdeploy.hardware import Gpu
@@ -238,7 +238,10 @@ class ServicePlan:
     """Units of this host that must be up before it starts."""
     shortfall: tuple[str, ...] = ()
     """Why it does not fit, each with the numbers; empty when it fits."""
+    offers: Callable[[], Iterable[str]] = tuple
+    """Gives lines with which it would fit the budget that it was planned with, least loss first; each costs a plan."""
     ways_to_fit: tuple[str, ...] = ()
+    """Lines that make it fit beside the host's other services, each planned with; empty when it fits."""
     warnings: tuple[str, ...] = ()
     cpu_layers: bool = False
     """Whether layers or experts of it are computed on the CPU though it has GPUs."""

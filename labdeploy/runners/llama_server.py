@@ -221,7 +221,7 @@ class LlamaServer:
             model_bytes=request.model.size_bytes,
             api_key_file=request.api_key_file,
             shortfall=tuning.shortfall,
-            ways_to_fit=tuple(_ways_to_fit(request.settings, prefer, models, budget)) if tuning.shortfall else (),
+            offers=functools.partial(_offers, request.settings, prefer, models, budget),
             warnings=(*_warnings(request, tuning, shape), *lost),
             cpu_layers=not tuning.all_on_gpu(shape),
         )
@@ -498,8 +498,8 @@ def _shortfall(
 # --- what would make it fit --------------------------------------------------------------------------------------
 
 
-def _ways_to_fit(asked: LlamaServerSettings, prefer: Prefer, models: Models, budget: Budget) -> Iterator[str]:
-    """Give the lines that make a service fit its budget, least loss first; docs/planning.md says the order."""
+def _offers(asked: LlamaServerSettings, prefer: Prefer, models: Models, budget: Budget) -> Iterator[str]:
+    """Give lines that make a service fit its budget, least loss first; docs/planning.md says the order."""
 
     def tuned(prefer_now: Prefer = prefer, **changes: Any) -> _Tuning | None:  # noqa: ANN401
         found = _tune(dataclasses.replace(asked, **changes), prefer_now, models, budget)

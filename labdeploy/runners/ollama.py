@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import shlex
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -189,7 +190,7 @@ class Ollama:
             model_path="" if asked.models else request.model.path,
             model_bytes=request.model.size_bytes,
             shortfall=tuple(_shortfall(tuning)),
-            ways_to_fit=tuple(_ways_to_fit(tuning)),
+            offers=functools.partial(_offers, tuning),
             warnings=tuple(_warnings(request, tuning, version)),
             cpu_layers=not tuning.is_whole,
             facts={"store": asked.models or "", "keeps_models": asked.import_by == "api"},
@@ -467,10 +468,8 @@ def _fits(tuning: _Tuning) -> bool:
     return not any(_shortfall(tuning))
 
 
-def _ways_to_fit(tuning: _Tuning) -> Iterator[str]:
-    """Where it does not fit: the lines that would make it fit, cheapest for its quality first."""
-    if _fits(tuning):
-        return
+def _offers(tuning: _Tuning) -> Iterator[str]:
+    """Give lines that make it fit where it does not, cheapest for its quality first."""
     if _fits(tuning.but(cache_ram=Choice(0, ""))):
         yield "cache_ram: 0MiB"
     if tuning.value("kv_cache_type") == "f16" and _fits(tuning.but(kv_cache_type=Choice("q8_0", ""))):

@@ -6,6 +6,7 @@ Facts about flags are of vLLM 0.33.0 unless said otherwise; docs/planning.md exp
 from __future__ import annotations
 
 import dataclasses
+import functools
 import ipaddress
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -127,7 +128,7 @@ class Vllm:
             model_bytes=request.model.size_bytes,
             api_key_file=request.api_key_file,
             shortfall=tuple(_shortfall(engine, budget)),
-            ways_to_fit=tuple(_ways_to_fit(engine)),
+            offers=functools.partial(_offers, engine),
             warnings=tuple(_warnings(request, engine, budget)),
             facts={
                 "exec": _with_key(request, vllm_span.command(engine, part, argv) if part else argv),
@@ -362,10 +363,8 @@ def _dotted(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
 
 
-def _ways_to_fit(engine: Engine) -> Iterator[str]:
-    """Where memory is too small: the lines that would make it fit, cheapest for its quality first."""
-    if engine.fits:
-        return
+def _offers(engine: Engine) -> Iterator[str]:
+    """Give lines that make it fit where memory is too small, cheapest for its quality first."""
     asked = engine.asked
     changes: list[tuple[str, dict[str, Any]]] = []
     if engine.gpus and asked.kv_cache_memory is None:
