@@ -34,7 +34,7 @@ from labdeploy.runners.base import (
 from labdeploy.runners.llama_beside import Models, models_of
 from labdeploy.runners.llama_flags import spoken
 from labdeploy.runners.llama_memory import LlamaMemorySettings
-from labdeploy.runners.llama_tuning import CTX_STEP, LEAST_CTX, Layout, Room, Wish, choose, fits, needs, sets_to_try
+from labdeploy.runners.llama_tuning import CTX_STEP, LEAST_CTX, Layout, Room, Wish, choose, nearest, needs, sets_to_try
 from labdeploy.schema import Bool, Int, ListOf, Mib, ModelName, Number, OneOf, Size, setting
 
 if TYPE_CHECKING:
@@ -235,22 +235,37 @@ RUNNER = LlamaServer()
 
 @functools.lru_cache(maxsize=8192)
 def _tune(asked: LlamaServerSettings, prefer: Prefer, models: Models, budget: Budget) -> _Tuning:
-    """Choose the layout and every other setting that memory depends on; llama_tuning.py says how layers are placed."""
-    shape = models.shape
-    allowed = _allowed(asked, budget)
-    _check_split(asked, allowed)
-    room = Room(_gpu_sets(asked, allowed), budget.ram_mib, least=budget.least)
-    layout = _lay_out(asked, prefer, models, room, budget)
+    """Choose the layout and every other setting that memory depends on; llama_tuning.py says how layers are placed.
+
+    Where nothing fits it is the layout that is short of the least memory.
+    """
+    if found := _fitting(asked, prefer, models, budget):
+        return found
+    shape, wish, room = models.shape, _wish(asked, prefer, models, budget), _room(asked, budget)
+    return _tuning(asked, prefer, shape, budget, nearest(shape, wish, room))
+
+
+@functools.lru_cache(maxsize=8192)
+def _fitting(asked: LlamaServerSettings, prefer: Prefer, models: Models, budget: Budget) -> _Tuning | None:
+    """Choose with the KV cache in f16, in q8_0 only where that fits nowhere and may be; None where neither fits."""
+    _check_split(asked, _allowed(asked, budget))
+    shape, wish, room = models.shape, _wish(asked, prefer, models, budget), _room(asked, budget)
+    layout = choose(shape, wish, room)
+    if not layout and _may_quantise_cache(asked, shape):
+        q8_0 = dataclasses.replace(wish.base, **Q8_0)
+        layout = choose(shape, dataclasses.replace(wish, base=q8_0), room)
+    return _tuning(asked, prefer, shape, budget, layout) if layout else None
+
+
+def _tuning(asked: LlamaServerSettings, prefer: Prefer, shape: ModelShape, budget: Budget, layout: Layout) -> _Tuning:
     layout, cache_ram = _with_prompt_cache(asked, layout, shape, budget)
     choices = {**_choices(asked, prefer, shape, layout), "cache_ram": cache_ram}
     memory = _memory(layout, shape)
     return _Tuning(layout, choices, memory, tuple(_shortfall(asked, layout, memory, budget)))
 
 
-def _lay_out(asked: LlamaServerSettings, prefer: Prefer, models: Models, room: Room, budget: Budget) -> Layout:
-    """Lay the model out with the KV cache in f16; in q8_0 only where that fits nowhere, and where it may be."""
-    shape = models.shape
-    wish = Wish(
+def _wish(asked: LlamaServerSettings, prefer: Prefer, models: Models, budget: Budget) -> Wish:
+    return Wish(
         base=_base(asked, models, budget),
         ctx_size=asked.ctx_size,
         gpu_layers=asked.gpu_layers,
@@ -258,12 +273,10 @@ def _lay_out(asked: LlamaServerSettings, prefer: Prefer, models: Models, room: R
         tensor_split=asked.tensor_split,
         prefer=prefer,
     )
-    layout = choose(shape, wish, room)
-    if fits(shape, layout, room) or not _may_quantise_cache(asked, shape):
-        return layout
-    q8_0 = dataclasses.replace(wish.base, **Q8_0)
-    smaller = choose(shape, dataclasses.replace(wish, base=q8_0), room)
-    return smaller if fits(shape, smaller, room) else layout
+
+
+def _room(asked: LlamaServerSettings, budget: Budget) -> Room:
+    return Room(_gpu_sets(asked, _allowed(asked, budget)), budget.ram_mib, least=budget.least)
 
 
 def _may_quantise_cache(asked: LlamaServerSettings, shape: ModelShape) -> bool:
@@ -502,8 +515,7 @@ def _offers(asked: LlamaServerSettings, prefer: Prefer, models: Models, budget: 
     """Give lines that make a service fit its budget, least loss first; docs/planning.md says the order."""
 
     def tuned(prefer_now: Prefer = prefer, **changes: Any) -> _Tuning | None:  # noqa: ANN401
-        found = _tune(dataclasses.replace(asked, **changes), prefer_now, models, budget)
-        return None if found.shortfall else found
+        return _fitting(dataclasses.replace(asked, **changes), prefer_now, models, budget)
 
     yield from _lossless_ways(asked, tuned)
     yield from _slower_prompts(asked, models.shape, tuned)

@@ -82,14 +82,14 @@ class Room:
     """Settle for the least useful context."""
 
 
-def choose(shape: ModelShape, wish: Wish, room: Room) -> Layout:
-    """Give the best layout that fits; where none does, the one that comes nearest, for the plan to say by how much."""
+def choose(shape: ModelShape, wish: Wish, room: Room) -> Layout | None:
+    """Give the best layout that fits; None where none does."""
     return _Search(shape, wish, room).best()
 
 
-def fits(shape: ModelShape, layout: Layout, room: Room) -> bool:
-    """Say whether a layout fits the budget that it was chosen for."""
-    return _over_mib(needs(shape, layout.settings), layout.gpus, room.ram_mib) <= 0
+def nearest(shape: ModelShape, wish: Wish, room: Room) -> Layout:
+    """Give the layout that is short of the least memory, for a plan to say by how much."""
+    return _Search(shape, wish, room).nearest()
 
 
 @functools.lru_cache(maxsize=65_536)
@@ -166,6 +166,10 @@ class _Costs:
             for i in range(first, len(self.dense))
         ]
         return [*layers, self.output]
+
+    def left_mib(self, rung: Rung) -> float:
+        """Give what is left to the host at least: layers and experts that are not offloaded."""
+        return sum((*self.dense, *self.experts, *self.context, self.output)) - sum(self.units(rung))
 
 
 @functools.lru_cache(maxsize=16_384)
@@ -324,14 +328,19 @@ class _Search:
         """Say whether weights, context, overheads and the least compute buffers are more than the GPUs have; cheap."""
         costs = _costs_at(self.shape, self.wish.base, ctx_size)
         units = costs.units(self.ladder[rank])
-        rooms = [g.free_mib - costs.overhead - least for g, least in zip(gpus, _least_compute(self, gpus), strict=True)]
+        rooms = [gpu.free_mib - costs.overhead for gpu in gpus]
+        if self._too_big(units, rooms):  # so that no graph is replayed for what is far from fitting
+            return True
+        return self._too_big(units, [r - least for r, least in zip(rooms, _least_compute(self, gpus), strict=True)])
+
+    def _too_big(self, units: list[float], rooms: list[float]) -> bool:
         if self.wish.tensor_split:
             return sum(units) > sum(rooms)
         return min(rooms) < 0 or _filled([0.0, *accumulate(units)], rooms) is None
 
     # the best one
 
-    def best(self) -> Layout:
+    def best(self) -> Layout | None:
         """Try every set of GPUs, then the CPU alone where the inventory asks for no layers on a GPU."""
         found: Layout | None = None
         for gpus in self.room.gpu_sets:
@@ -343,7 +352,7 @@ class _Search:
         if not self.wish.gpu_layers and (self.context_first or not found):
             on_cpu = self.on_cpu()
             found = max((each for each in (found, on_cpu) if each), key=self._worth, default=None)
-        return found or self.nearest()
+        return found
 
     @property
     def context_first(self) -> bool:
@@ -399,13 +408,15 @@ class _Search:
         """Find the highest rung that fits, from the top: compute buffers shrink on some rungs, so no bisection."""
         for rank in reversed(range(len(self.ladder) if top is None else top + 1)):
             ctx_size = ctx_at(rank)
+            if _costs_at(self.shape, self.wish.base, ctx_size).left_mib(self.ladder[rank]) > self.room.ram_mib:
+                return None  # every rung below leaves more to the RAM
             if self.surely_too_big(gpus, rank, ctx_size):
                 continue
             layout = self.at(gpus, rank, ctx_size)
             if self.fits(layout):
                 return rank
             if needs(self.shape, layout.settings).host.planned_mib > self.room.ram_mib:
-                return None  # every rung below needs more RAM
+                return None
         return None
 
     def grown(self, layout: Layout, most: int) -> Layout:
@@ -436,13 +447,31 @@ class _Search:
         raise AssertionError
 
     def nearest(self) -> Layout:
-        """Give the layout that is short of the least memory, of what the inventory leaves open."""
+        """Give the layout that is short of the least memory, of what the inventory leaves open; of equals the first.
+
+        Those that cannot be nearer than the nearest so far are not laid out.
+        """
         sets = [gpus for gpus in self.room.gpu_sets if gpus]
-        layouts = [self.at(gpus, rank, self.least) for gpus in sets for rank in (0, len(self.ladder) // 2, -1)]
-        layouts = [replace(each, rank=each.rank % len(self.ladder)) for each in layouts]
+        places = [(gpus, rank) for gpus in sets for rank in (0, len(self.ladder) // 2, len(self.ladder) - 1)]
         if not self.wish.gpu_layers or not sets:
-            layouts.append(self.at((), -1, self.least))
-        return min(layouts, key=self._missing_mib)
+            places.append(((), -1))
+        least = [self._least_missing_mib(*place) for place in places]
+        found: list[tuple[float, int, Layout]] = []
+        for i in sorted(range(len(places)), key=least.__getitem__):
+            if found and least[i] > min(found)[0]:
+                break
+            layout = self.at(*places[i], self.least)
+            found.append((self._missing_mib(layout), i, layout))
+        return min(found)[-1]
+
+    def _least_missing_mib(self, gpus: tuple[GpuBudget, ...], rank: int) -> float:
+        """Give what a layout is short of at least: its weights, its context and overheads; cheap."""
+        if not gpus:
+            return 0.0
+        costs = _costs_at(self.shape, self.wish.base, self.least)
+        rung = self.ladder[rank]
+        over = sum(costs.units(rung)) + len(gpus) * costs.overhead - sum(gpu.free_mib for gpu in gpus)
+        return max(0.0, over) + max(0.0, costs.left_mib(rung) - self.room.ram_mib)
 
     def _missing_mib(self, layout: Layout) -> float:
         taken = needs(self.shape, layout.settings)

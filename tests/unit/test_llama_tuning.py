@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from labdeploy.runners.llama_tuning import _deal
+from labdeploy.runners import llama_server
+from labdeploy.runners.llama_tuning import _Costs, _deal, _Search
 
 if TYPE_CHECKING:
     from conftest import Lab
@@ -39,6 +40,32 @@ def test_speed_keeps_layers_and_context_keeps_context(lab: Lab):
     assert chosen(context, "prefer", "ctx_size") == ("context", 40960)
     assert 10 < chosen(context, "gpu_layers")[0] < 37
     assert "as the inventory says" in context.settings["prefer"].why
+
+
+@pytest.mark.parametrize(
+    ("vram", "ram", "keys"),
+    [
+        (("3GiB", "2GiB"), "12GiB", "model: qwen3-8b"),
+        (("2GiB",), "3GiB", "model: qwen3-8b, ctx_size: 32768"),
+        (("2GiB", "1GiB"), "2GiB", "model: qwen3-4b, gpu_layers: 37"),
+        (("6GiB",), "16GiB", "model: qwen3-30b"),
+        (("4GiB",), "6GiB", "model: qwen3-30b, gpu_layers: 49, n_cpu_moe: 48"),
+        (("4GiB", "2GiB"), "9GiB", "model: qwen3-8b, prefer: context, tensor_split: [3, 1]"),
+    ],
+)
+def test_what_is_left_out_as_too_big_would_not_have_been_taken(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, vram: tuple[str, ...], ram: str, keys: str
+):
+    """The search passes over layouts by cheap bounds; a search that computes every one finds the same."""
+    quick = planned(lab, machine(*vram, ram=ram), keys)
+    monkeypatch.setattr(_Search, "surely_too_big", lambda *_: False)
+    monkeypatch.setattr(_Search, "_least_missing_mib", lambda *_: 0.0)
+    monkeypatch.setattr(_Costs, "left_mib", lambda *_: 0.0)
+    for cached in (llama_server._fitting, llama_server._tune):
+        cached.cache_clear()
+    whole = planned(lab, machine(*vram, ram=ram), keys)
+    assert (quick.settings, quick.memory, quick.shortfall) == (whole.settings, whole.memory, whole.shortfall)
+    assert quick.ways_to_fit == whole.ways_to_fit
 
 
 def test_experts_leave_the_gpu_before_layers_do(lab: Lab):

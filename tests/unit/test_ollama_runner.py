@@ -217,8 +217,8 @@ def test_what_does_not_fit_says_by_how_much():
     planned = plan(request(context_length=32768), host)
     assert not planned.fits
     assert planned.shortfall[0].startswith("RAM needs")
-    assert planned.ways_to_fit
-    for way in planned.ways_to_fit:
+    assert list(planned.offers())
+    for way in planned.offers():
         key, text = way.split(": ")
         helped = {"context_length": 32768, key: int(text) if text.isdigit() else text}
         assert plan(request(**helped), host).fits, way

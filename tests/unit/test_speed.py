@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import pytest
+    from conftest import Lab
 
 BEST_OF = 5
 
@@ -49,6 +50,25 @@ def test_four_machines_are_rendered_at_once(tmp_path: Path, capsys: pytest.Captu
     with capsys.disabled():
         sys.stdout.write(f"\nlabdeploy render: {taken:.0f} ms\n")
     assert taken < 800
+
+
+def test_what_fits_nowhere_is_told_soon(lab: Lab, capsys: pytest.CaptureFixture[str]):
+    """Three services on three unequal GPUs, 300 ways to lay each out, and the lines that would help: under 12 s."""
+    cards = ", ".join(f"{{name: RTX 3090, vram: {vram}GiB}}" for vram in (24, 12, 8))
+    hardware = f"cpu: {{cores: 16}}, ram: 24GiB, gpus: [{cards}]"
+    services = {
+        "a": "model: llama3-70b, prefer: context",
+        "b": "model: gemma3-27b, ctx_size: 65536",
+        "c": "model: qwen3-30b, ctx_size: 262144, gpu_layers: 49",
+    }
+    before = time.process_time()
+    ports = zip(services, range(8080, 8090), strict=False)
+    plan = lab.plan(hardware, **{n: f"runner: llama-server, port: {port}, {services[n]}" for n, port in ports})
+    taken = time.process_time() - before
+    with capsys.disabled():
+        sys.stdout.write(f"\nthree services that fit nowhere: {taken:.1f} s\n")
+    assert not any(service.fits for service in plan.services)
+    assert taken < 12
 
 
 def plan_and_render_s(n_hosts: int) -> float:

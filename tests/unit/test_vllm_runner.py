@@ -405,8 +405,8 @@ def test_a_model_too_large_says_by_how_much():
     assert not planned.fits
     assert "gpu0: needs" in planned.shortfall[0]
     assert "MiB too much" in planned.shortfall[0]
-    assert {way.split(": ")[0] for way in planned.ways_to_fit} == {"max_model_len", "kv_cache_dtype"}
-    for way in planned.ways_to_fit:
+    assert {way.split(": ")[0] for way in planned.offers()} == {"max_model_len", "kv_cache_dtype"}
+    for way in planned.offers():
         key, text = way.split(": ")
         helped = {key: True if text == "true" else int(text) if text.isdigit() else text}
         assert plan(request(**{"max_model_len": 40960, **helped}), host).fits, way
@@ -416,7 +416,7 @@ def test_a_higher_utilization_is_offered_where_it_would_do():
     """The default of 0.92 leaves more than this GPU's neighbours need."""
     planned = plan(request(max_model_len=40960), budget(gpu()))
     assert planned.shortfall == ("gpu0: gpu_memory_utilization 0.92 gives 22610 MiB, it needs 22738 MiB",)
-    assert planned.ways_to_fit[0] == "gpu_memory_utilization: 0.95"
+    assert next(iter(planned.offers())) == "gpu_memory_utilization: 0.95"
     assert plan(request(max_model_len=40960, gpu_memory_utilization=0.95), budget(gpu())).fits
 
 
