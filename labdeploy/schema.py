@@ -19,7 +19,7 @@ from labdeploy.addresses import is_ip
 from labdeploy.errors import InventoryError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
 T = TypeVar("T")
@@ -366,6 +366,32 @@ class OneOf:
     def words(self) -> str:
         """List the options."""
         return ", ".join(f"`{option}`" for option in self.options)
+
+
+@dataclass(frozen=True)
+class OrWord:
+    """Values of a kind, or a word that stands for one, as the runner's own flag takes it; None is as if unwritten."""
+
+    of: Kind
+    stands_for: Mapping[str, Any]
+
+    def read(self, node: yaml.Node, place: Place) -> Any:  # noqa: ANN401
+        """Return the value, or what the word stands for."""
+        if isinstance(node, yaml.ScalarNode) and node.value in self.stands_for:
+            return self.stands_for[node.value]
+        inner = Place(place.file, place.path)
+        value = self.of.read(node, inner)
+        taken = f"{' and '.join(self.stands_for)} {'are' if len(self.stands_for) > 1 else 'is'} taken too"
+        place.problems.extend(dataclasses.replace(p, what=f"{p.what}; {taken}") for p in inner.problems)
+        return value
+
+    def json_schema(self) -> dict[str, Any]:
+        """Describe both."""
+        return {"anyOf": [self.of.json_schema(), {"enum": list(self.stands_for)}]}
+
+    def words(self) -> str:
+        """Name the words after the values."""
+        return ", ".join((self.of.words(), *(f"`{word}`" for word in self.stands_for)))
 
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")

@@ -35,7 +35,7 @@ from labdeploy.runners.llama_beside import Models, models_of
 from labdeploy.runners.llama_flags import spoken
 from labdeploy.runners.llama_memory import LlamaMemorySettings
 from labdeploy.runners.llama_tuning import CTX_STEP, LEAST_CTX, Layout, Room, Wish, choose, nearest, needs, sets_to_try
-from labdeploy.schema import Bool, Int, ListOf, Mib, ModelName, Number, OneOf, Size, setting
+from labdeploy.schema import Bool, Int, ListOf, Mib, ModelName, Number, OneOf, OrWord, Size, setting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -52,6 +52,9 @@ GPU_START_S = 120  # more, for a first start: drivers compile shaders (31 s of t
 LOG_VERBOSITY = 4  # at its default of 3, 0.7.0 does not say which layers and buffers went where
 STOP_S = 20  # with a request in flight a graceful stop waits for its client; measured on 0.7.0
 
+ALL_LAYERS = 1001  # no number that can be written; becomes the number of layers once the model is known
+LAYERS = OrWord(Int(0, 1000), {"auto": None, "all": ALL_LAYERS})
+
 
 @dataclass(frozen=True)
 class LlamaServerSettings:
@@ -63,7 +66,7 @@ class LlamaServerSettings:
     parallel: int | None = setting(Int(1, 256), "requests served at once; each gets ctx_size / parallel", default=None)
     kv_unified: bool | None = setting(Bool(), "one KV pool for all slots instead of one each", default=None)
     gpu_layers: int | None = setting(
-        Int(0, 1000), "layers on GPUs, the output layer counting as one; default: all that fit", default=None
+        LAYERS, "layers on GPUs, the output layer counting as one; default, and auto: all that fit", default=None
     )
     n_cpu_moe: int | None = setting(
         Int(0, 1000), "layers whose experts stay in main memory; default: as few as fit", default=None
@@ -82,7 +85,7 @@ class LlamaServerSettings:
     ubatch_size: int | None = setting(Int(32, 65_536), "physical batch in tokens", default=None)
     cache_type_k: str | None = setting(OneOf(KV_TYPES), "type of the K cache", default=None)
     cache_type_v: str | None = setting(OneOf(KV_TYPES), "type of the V cache", default=None)
-    flash_attn: str | None = setting(OneOf(("on", "off")), "flash attention", default=None)
+    flash_attn: str | None = setting(OrWord(OneOf(("on", "off")), {"auto": None}), "flash attention", default=None)
     cache_ram: Mib | None = setting(
         Size(), "main memory for cached prompts; default: half of what is left, at most 8GiB", default=None
     )
@@ -103,7 +106,7 @@ class LlamaServerSettings:
         ModelName, "a small model that drafts what this one then checks: a name under models", default=None
     )
     spec_draft_ngl: int | None = setting(
-        Int(0, 1000), "layers of the drafting model on GPUs; default: all where there are any", default=None
+        LAYERS, "layers of the drafting model on GPUs; default: all where there are any", default=None
     )
     spec_draft_n_max: int | None = setting(Int(1, 256), "tokens drafted at once", default=None)
 
@@ -185,6 +188,7 @@ class LlamaServer:
     def plan(self, request: Request, budget: Budget) -> ServicePlan:
         """Choose every setting that matters; what the inventory says always wins and is still checked."""
         models = models_of(request)
+        request = dataclasses.replace(request, settings=_counted(request.settings, models))
         shape, prefer = models.shape, request.prefer or "speed"
         for what, hint in _wrong_cache_types(request.settings, shape):
             raise InventoryError(what, hint=hint)
@@ -228,6 +232,14 @@ class LlamaServer:
 
 
 RUNNER = LlamaServer()
+
+
+def _counted(asked: LlamaServerSettings, models: Models) -> LlamaServerSettings:
+    """Give `all` layers their number, the output layer counting as one."""
+    counts = {"gpu_layers": models.shape, "spec_draft_ngl": models.draft}
+    known = {key: shape.n_layer_all + 1 for key, shape in counts.items() if shape}
+    every: dict[str, Any] = {key: n for key, n in known.items() if getattr(asked, key) == ALL_LAYERS}
+    return dataclasses.replace(asked, **every)
 
 
 # --- choosing --------------------------------------------------------------------------------------------------

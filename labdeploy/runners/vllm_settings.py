@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from labdeploy.schema import Bool, Int, IpAddress, ListOf, Mib, Name, Number, OneOf, Port, Size, Text, setting
+from labdeploy.schema import Bool, Int, IpAddress, ListOf, Mib, Name, Number, OneOf, OrWord, Port, Size, Text, setting
 
 SPAN_PORTS = {"mp": 29501, "ray": 6379}  # vLLM's --master-port, Ray's --port
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -15,7 +15,9 @@ class VllmSettings:
     """What an inventory may say about a vLLM service. Names are its flags with underscores."""
 
     max_model_len: int | None = setting(
-        Int(16, 16_777_216), "context of one request in tokens; default: the largest that fits", default=None
+        OrWord(Int(16, 16_777_216), {"auto": None}),
+        "context of one request in tokens; default, and auto: the largest that fits",
+        default=None,
     )
     max_num_seqs: int | None = setting(Int(1, 65_536), "requests computed at once", default=None)
     max_num_batched_tokens: int | None = setting(Int(16, 1_048_576), "tokens computed at once", default=None)
@@ -31,7 +33,9 @@ class VllmSettings:
     gpus: tuple[int, ...] | None = setting(
         ListOf(Int(0, 63)), "indices of the host's GPUs it may use; default: as few as hold it", default=None
     )
-    dtype: str | None = setting(OneOf(tuple(DTYPE_BYTES)), "of weights and activations", default=None)
+    dtype: str | None = setting(
+        OrWord(OneOf(tuple(DTYPE_BYTES)), {"auto": None}), "of weights and activations", default=None
+    )
     quantization: str | None = setting(
         Text("a quantization", r"[a-z0-9_-]+"), "must be that of the model, where it has one", default=None
     )

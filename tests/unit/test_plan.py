@@ -616,6 +616,20 @@ def test_what_cannot_be_served_is_told_of_all_services_at_once(lab: Lab):
     assert ran.err.count("error: ") == 3
 
 
+def test_words_that_the_runners_take_for_numbers(lab: Lab):
+    """`auto` is as if nothing were written, `all` is the number of layers."""
+    base = "runner: llama-server, model: qwen3-8b, port: 8080"
+    plain = named(lab.plan(RTX, a=base))
+    auto = named(lab.plan(RTX, a=f"{base}, gpu_layers: auto, flash_attn: auto"))
+    assert (auto.settings, auto.argv) == (plain.settings, plain.argv)
+    every = named(lab.plan(RTX, a=f"{base}, gpu_layers: all"))
+    assert (every.settings["gpu_layers"].value, every.settings["gpu_layers"].why) == (37, "as the inventory says")
+    assert "gpu_layers 37 needs a GPU" in named(lab.plan(CPU, a=f"{base}, gpu_layers: all")).shortfall[0]
+    awq = "runner: vllm, model: qwen2.5-7b-awq, port: 8080"
+    chosen = [named(lab.plan(RTX, a=f"{awq}{more}")).argv for more in ("", ", dtype: auto, max_model_len: auto")]
+    assert chosen[0] == chosen[1]
+
+
 def test_a_key_without_a_value_is_as_one_that_is_not_there(lab: Lab):
     """As it is everywhere else in an inventory, and as the JSON Schema says."""
     empty = lab.plan(RTX, a="model: qwen3-8b, port: 8080, runner: llama-server, bind: , ctx_size: null")
