@@ -10,8 +10,8 @@ import sys
 import click
 
 from labdeploy.cli import cli
-from labdeploy.cli_base import tell_all
-from labdeploy.errors import INTERRUPTED, InventoryError, LabdeployError
+from labdeploy.cli_base import has_reported, print_json, tell_all
+from labdeploy.errors import DeclinedError, InventoryError, LabdeployError
 
 
 def main() -> None:
@@ -27,29 +27,36 @@ def run(argv: list[str]) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    failure: LabdeployError
     try:
         result = cli.main(argv, prog_name="labdeploy", standalone_mode=False)
-    except LabdeployError as error:
-        tell(error)
-        return error.exit_code
     except click.exceptions.Exit as error:
         return error.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return InventoryError.exit_code
+    except LabdeployError as error:
+        failure = error
     except click.ClickException as error:
-        only_help = isinstance(error, click.exceptions.NoArgsIsHelpError)
-        print(("" if only_help else "error: ") + error.format_message(), file=sys.stderr)  # noqa: T201
-        if isinstance(error, click.UsageError) and error.ctx and not only_help:
-            print(f"\nhint: {error.ctx.command_path} --help", file=sys.stderr)  # noqa: T201
-        return 2
+        hint = f"{error.ctx.command_path} --help" if isinstance(error, click.UsageError) and error.ctx else ""
+        failure = InventoryError(error.format_message(), hint=hint)
     except (KeyboardInterrupt, click.Abort):
-        tell_all(["interrupted"])
-        return INTERRUPTED
+        failure = DeclinedError("interrupted")
     except Exception as error:
         if "-v" in argv or "--verbose" in argv:
             raise
-        told = _told(error)
-        tell(told)
-        return told.exit_code
-    return result if isinstance(result, int) else 0
+        failure = _told(error)
+    else:
+        return result if isinstance(result, int) else 0
+    tell(failure, as_json="--json" in argv)
+    return failure.exit_code
+
+
+def tell(error: LabdeployError, *, as_json: bool = False) -> None:
+    """Print an error: each of its lines, then what to type next; as the report too, where none is out yet."""
+    tell_all([str(error)], error.hint)
+    if as_json and not has_reported():
+        print_json({"error": str(error), "hint": error.hint})
 
 
 def _told(error: Exception) -> LabdeployError:
@@ -59,11 +66,6 @@ def _told(error: Exception) -> LabdeployError:
         return InventoryError(error.strerror or str(error), where=name, hint=f"ls -ld {shlex.quote(name)}")
     hint = "run it again with -v and report what it prints"
     return LabdeployError(f"unexpected: {type(error).__name__}: {error}", hint=hint)
-
-
-def tell(error: LabdeployError) -> None:
-    """Print an error: each of its lines, then what to type next."""
-    tell_all([str(error)], error.hint)
 
 
 if __name__ == "__main__":

@@ -217,6 +217,7 @@ def check(options: Options, hosts: tuple[str, ...], samples: int, set_baseline: 
 @reporting
 def logs(options: Options, host: str, service: str, follow: bool, lines: int) -> None:
     """Show the journal of a service."""
+    from labdeploy import journal  # noqa: PLC0415
     from labdeploy.host import HostConnection  # noqa: PLC0415
     from labdeploy.schema import did_you_mean  # noqa: PLC0415
 
@@ -225,9 +226,16 @@ def logs(options: Options, host: str, service: str, follow: bool, lines: int) ->
         near = did_you_mean(service, target.services)
         what, hint = f"{host} has no service {service!r}{near}", f"labdeploy plan {host}  # names its services"
         raise InventoryError(what, where=str(options.inventory.path), hint=hint)
-    argv = ["journalctl", "--no-pager", "-o", "short-iso", "-n", str(lines), "-u", target.services[service].unit or ""]
+    if follow and options.json:
+        raise InventoryError("--json is one document, and --follow has no end", hint=f"labdeploy logs {host} {service}")
+    unit = target.services[service].unit or ""
     with HostConnection(target, options.inventory.folder) as connection:
-        for line in connection.stream([*argv, *(["-f"] if follow else [])]):
+        found = connection.stream(journal.command(unit, lines, follow=follow, as_json=options.json))
+        if options.json:
+            entries = [journal.entry(line) for line in found]
+            print_json({"hosts": {host: {"services": {service: {"unit": unit, "lines": entries}}}}})
+            return
+        for line in found:
             click.echo(line)
 
 

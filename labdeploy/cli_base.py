@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound="Callable[..., Any]")
 _given_inventory: ContextVar[Path | None] = ContextVar("given_inventory", default=None)
+_reported: ContextVar[bool] = ContextVar("reported", default=False)
 
 
 class Options:
@@ -146,7 +147,13 @@ def first_hint(errors: Iterable[LabdeployError]) -> str:
 
 def print_json(document: Any) -> None:  # noqa: ANN401
     """Print a report as the one JSON document of stdout."""
+    _reported.set(True)
     click.echo(json.dumps(document, indent=2))
+
+
+def has_reported() -> bool:
+    """Say whether the one JSON document is printed."""
+    return _reported.get()
 
 
 def plans_for(options: Options, hosts: Sequence[str]) -> list[HostPlan]:

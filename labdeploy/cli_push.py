@@ -22,7 +22,7 @@ from labdeploy.cli_base import (
 from labdeploy.errors import INTERRUPTED, InventoryError, LabdeployError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from labdeploy.deploy import Outcome
     from labdeploy.fleet import History
@@ -73,7 +73,7 @@ def push(
     pushes, generations = _pushes(options, hosts)
     if everything and pushes and not dry_run:
         names = ", ".join(each.name for each in pushes)
-        options.confirm(f"Push to {len(pushes)} hosts ({names})?")
+        options.confirm(f"Push to {_counted(pushes)} ({names})?")
     flags = {"dry-run": dry_run, "overwrite-drift": overwrite_drift, "adopt": adopt}
     with dialing(pushes[: canary or serial or None]):
         from labdeploy import deploy  # noqa: PLC0415
@@ -209,8 +209,8 @@ def _last_push(
     last = max(switch.push_id for switch in switches.values() if switch)
     found = {h: str(s.from_) for h, s in switches.items() if s and s.push_id == last}
     went = ", ".join(f"{h} {s.to} -> {s.from_}" for h, s in switches.items() if s and h in found)
-    unknown = f"; {len(errors)} hosts did not answer, and may have had a later push" if errors else ""
-    options.confirm(f"Undo {last} on {len(found)} hosts ({went}){unknown}?")
+    unknown = f"; {_counted(errors)} did not answer, and may have had a later push" if errors else ""
+    options.confirm(f"Undo {last} on {_counted(found)} ({went}){unknown}?")
     return found, errors
 
 
@@ -259,3 +259,7 @@ def _tell_errors(outcomes: Sequence[Outcome]) -> None:
     errors = [outcome.error for outcome in outcomes if outcome.error]
     count = [f"{len(errors)} of {len(outcomes)} hosts failed"] if len(outcomes) > 1 and errors else []
     tell_all([*map(str, errors), *count], first_hint(errors))
+
+
+def _counted(hosts: Collection[object]) -> str:
+    return f"{len(hosts)} host{'' if len(hosts) == 1 else 's'}"

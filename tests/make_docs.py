@@ -31,8 +31,9 @@ CLI_INTRO = """\
 Each command with what `--help` prints. The global options may stand before or after the name of a command.
 
 `HOST` takes names of hosts, names of groups, and globs such as `'gpu*'` (quote them, or the shell takes them).
-Reports go to stdout, errors and progress to stderr. With `--json`, stdout is one JSON document. An error is one or
-more lines that start with `error:`, then an empty line and a `hint:` with something to type.
+Reports go to stdout, errors and progress to stderr. With `--json`, stdout is one JSON document, which is
+`{"error": ..., "hint": ...}` where there is nothing else to report. An error is one or more lines that start with
+`error:`, then an empty line and a `hint:` with something to type.
 
 `push HOST...` and `rollback HOST...` do not ask. `push --all` and `rollback` without a host ask on a terminal; without
 a terminal they need `-y`. `--json` never implies `-y`.

@@ -240,6 +240,13 @@ def test_looking(lab: Lab) -> None:
     assert check["decode_tokens_per_s"] > 0
     assert "llama-server" in lab.run("logs", lab.host.name, "chat", "-n", "20").out
     lab.on_host("systemctl", "stop", UNIT)
+    shown = lab.run("logs", lab.host.name, "chat", "-n", "20").out
+    logs = lab.run("logs", lab.host.name, "chat", "-n", "20", "--json").json["hosts"][lab.host.name]["services"]["chat"]
+    assert logs["unit"] == UNIT
+    assert len(logs["lines"]) == 20
+    assert all(line["message"] in shown for line in logs["lines"])
+    assert any("llama-server" in line["message"] for line in logs["lines"])
+    assert [line["at"] for line in logs["lines"]] == sorted(line["at"] for line in logs["lines"])
     assert lab.run("status", "--json").json["hosts"][lab.host.name]["services"]["chat"]["healthy"] is False
     assert lab.run("check").code == 8
 

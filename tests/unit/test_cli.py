@@ -13,7 +13,7 @@ import pytest
 from conftest import TOP
 
 from labdeploy import __main__ as program
-from labdeploy import __version__, cli, errors
+from labdeploy import __version__, cli, errors, journal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -113,6 +113,37 @@ def test_json_is_one_document_and_nothing_else(ready: Lab, monkeypatch: pytest.M
     assert ran.err == ""
 
 
+@pytest.mark.parametrize(
+    ("argv", "code", "said"),
+    [
+        (["push", "h"], 3, "h: a: does not fit: RAM needs "),
+        (["push", "nobody"], 2, "no host or group is named 'nobody'"),
+        (["push", "--serial", "0"], 2, "Invalid value for '--serial'"),
+        (["logs", "h", "a", "-f"], 2, "--json is one document, and --follow has no end"),
+        (["push", "--all"], 3, "h: a: does not fit"),
+        (["inspect", "missing.gguf"], 2, "missing.gguf"),
+    ],
+)
+def test_an_error_is_the_document_where_nothing_else_is(lab: Lab, argv: list[str], code: int, said: str):
+    """Whoever reads JSON gets it, whatever goes wrong; people read the same on stderr."""
+    lab.copy_lock()
+    lab.host("cpu: {cores: 4}, ram: 2GiB", a=SERVICE)
+    ran = lab.run(*argv, "--json")
+    document = json.loads(ran.out)
+    assert (ran.code, list(document)) == (code, ["error", "hint"])
+    assert said in document["error"]
+    assert ran.err.startswith(f"error: {document['error'].splitlines()[0]}")
+
+
+def test_a_line_of_the_journal_as_json():
+    """Text as it is, bytes and what journald left out too; the time in UTC."""
+    at = '"__REALTIME_TIMESTAMP": "1764342000123456"'
+    told = {"at": "2025-11-28T15:00:00.123Z"}
+    assert journal.entry(f'{{{at}, "MESSAGE": "a\\nb"}}') == told | {"message": "a\nb"}
+    assert journal.entry(f'{{{at}, "MESSAGE": [104, 255]}}') == told | {"message": "h\ufffd"}
+    assert journal.entry(f'{{{at}, "MESSAGE": null}}') == told | {"message": ""}
+
+
 def test_json_of_a_plan_that_does_not_fit(lab: Lab):
     """The document is whole all the same; the error is on stderr, and the exit code is 3."""
     lab.copy_lock()
@@ -149,7 +180,7 @@ def test_plan_json_has_what_the_contract_names(ready: Lab):
         (["push", "h", "--all"], 2, "error: name the hosts to push to, or write --all"),
         (["push", "h", "--serial", "0"], 2, "error: Invalid value for '--serial'"),
         (["push", "h", "--max-failures", "-1"], 2, "error: Invalid value for '--max-failures'"),
-        (["push", "--all"], 2, "error: Push to 1 hosts (h)? There is no terminal to ask on"),
+        (["push", "--all"], 2, "error: Push to 1 host (h)? There is no terminal to ask on"),
         (["rollback", "--to", "3"], 2, "error: --to needs the hosts it is for"),
         (["logs", "h"], 2, "error: Missing argument 'SERVICE'"),
         (["logs", "h", "b"], 2, "h has no service 'b'"),
@@ -254,7 +285,7 @@ def test_json_never_implies_yes(ready: Lab, monkeypatch: pytest.MonkeyPatch):
     """A machine that reads the answer is not a person that gave it."""
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
     ran = ready.run("push", "--all", "--json")
-    assert (ran.code, ran.out) == (2, "")
+    assert (ran.code, list(json.loads(ran.out))) == (2, ["error", "hint"])
     assert "add -y to go ahead" in ran.err
 
 
