@@ -112,7 +112,7 @@ class ServiceKeys:
     )
     prefer: Prefer | None = setting(
         OneOf(("speed", "context")),
-        "what to keep where not everything fits: layers on the GPU, or a long context; default: speed",
+        "what to keep where not everything fits: layers on the GPU (of vLLM: fewer GPUs), or context; default: speed",
         default=None,
     )
     bind: str = setting(IpAddress(), "address to listen on", default="127.0.0.1")

@@ -271,12 +271,7 @@ def _plan(host: Host, request: Request, budget: Budget) -> ServicePlan:
         plan = RUNNERS[request.runner].plan(request, budget)
     except InventoryError as error:
         raise InventoryError(error.what, where=f"{host.name}: {request.name}", hint=error.hint) from None
-    idle = ("prefer changes nothing here: vLLM runs wholly on its devices",) if _prefers_in_vain(request) else ()
-    return dataclasses.replace(plan, runner_why=request.runner_why, warnings=(*plan.warnings, *idle))
-
-
-def _prefers_in_vain(request: Request) -> bool:
-    return request.prefer is not None and RUNNERS[request.runner].sizes_itself
+    return dataclasses.replace(plan, runner_why=request.runner_why)
 
 
 def _least_needed(plan: ServicePlan) -> ServicePlan:

@@ -19,6 +19,7 @@ from labdeploy.runners.base import (
     GpuBudget,
     Health,
     Part,
+    Prefer,
     Request,
     ServicePlan,
     as_asked,
@@ -75,6 +76,7 @@ QUANTIZATION_CAPABILITY = {
     "fp_quant": (10, 0),
 }
 BF16_CAPABILITY = (8, 0)
+ENOUGH_CONTEXT = 0.5  # of what more GPUs would hold, mostly the model's own; more GPUs pay for what is left by latency
 FP8_CAPABILITY = (8, 9)
 
 
@@ -92,11 +94,11 @@ class Vllm:
         """Choose every setting that matters; what the inventory says always wins and is still checked."""
         snapshot = _snapshot(request)
         _refuse_contradictions(request, snapshot)
-        engine = _tune(request.settings, snapshot, budget)
+        engine, most = _tune(request.settings, request.prefer or "speed", snapshot, budget)
         if request.part and not engine.gpus and vllm_span.engine_of(engine) == "ray":
             what = "engine: ray needs GPUs: vLLM's CPU builds do not support Ray"
             _refuse(request, what, "leave engine out: vLLM then joins the hosts itself")
-        settings = _choices(request, engine)
+        settings = _choices(request, engine, most)
         deadline_s = start_timeout_s(
             request.model.size_bytes, budget.disk_mib_per_s, base_s=EAGER_START_S if engine.eager else COLD_START_S
         )
@@ -192,16 +194,19 @@ def _splits(snapshot: Snapshot, tp: int) -> bool:
 # --- choosing ---------------------------------------------------------------------------------------------------
 
 
-def _tune(asked: VllmSettings, snapshot: Snapshot, budget: Budget) -> Engine:
-    """Take one GPU if it holds the model and the least context, else as few equal ones as do, else the CPU.
+def _tune(asked: VllmSettings, prefer: Prefer, snapshot: Snapshot, budget: Budget) -> tuple[Engine, int]:
+    """Take as few equal GPUs as hold the model and enough context, else the CPU; with it, the most that any hold.
 
-    Where nothing is enough the largest set is planned, so that the plan says by how much.
+    Enough is half of the most, for every GPU more costs time in each layer; with `prefer: context` it is all of it.
+    Only the model counts where the least need is asked for. Where nothing fits the largest set is planned, so that the
+    plan says by how much.
     """
     sets = _gpu_sets(asked, snapshot, budget)
-    engines = [_widest(asked, snapshot, gpus, budget) for gpus in sets]
-    if not engines:
-        return _on_cpu(asked, snapshot, budget)
-    return next((engine for engine in engines if engine.fits), engines[-1])
+    engines = [_widest(asked, snapshot, gpus, budget) for gpus in sets] or [_on_cpu(asked, snapshot, budget)]
+    fitting = [engine for engine in engines if engine.fits]
+    most = max((engine.max_model_len for engine in fitting), default=0)
+    enough = 0 if budget.least else most if prefer == "context" else ENOUGH_CONTEXT * most
+    return next((engine for engine in fitting if engine.max_model_len >= enough), engines[-1]), most
 
 
 def _usable(budget: Budget) -> tuple[GpuBudget, ...]:
@@ -382,6 +387,8 @@ def _offers(engine: Engine) -> Iterator[str]:
 
 
 def _warnings(request: Request, engine: Engine, budget: Budget) -> Iterator[str]:
+    if request.prefer and len(_gpu_sets(request.settings, engine.snapshot, budget)) <= 1:
+        yield "prefer changes nothing here: vLLM runs wholly on its devices, and it has no more GPUs to take"
     yield from _device_warnings(engine, budget)
     yield from _model_warnings(engine)
     if part := request.part:
@@ -426,13 +433,14 @@ def _model_warnings(engine: Engine) -> Iterator[str]:
 # --- settings, command line and environment ---------------------------------------------------------------------
 
 
-def _choices(request: Request, engine: Engine) -> dict[str, Choice]:
-    """Give every setting with its reason."""
+def _choices(request: Request, engine: Engine, most: int) -> dict[str, Choice]:
+    """Give every setting with its reason; `most` is the longest context that more GPUs would hold."""
     asked = request.settings
     choices = {
+        **({"prefer": Choice(request.prefer, "as the inventory says")} if request.prefer else {}),
         "served_model_name": as_asked(asked.served_model_name)
         or Choice(request.model.name, "its name in the inventory"),
-        "max_model_len": as_asked(asked.max_model_len) or _len_choice(engine),
+        "max_model_len": as_asked(asked.max_model_len) or _len_choice(engine, most),
         "max_num_seqs": as_asked(asked.max_num_seqs) or Choice(engine.max_num_seqs, _seqs_why(engine)),
         "max_num_batched_tokens": as_asked(asked.max_num_batched_tokens)
         or Choice(engine.max_num_batched_tokens, "vLLM's default for this memory; activations grow with it"),
@@ -444,7 +452,7 @@ def _choices(request: Request, engine: Engine) -> dict[str, Choice]:
     }
     if engine.gpus:
         choices["gpu_memory_utilization"] = as_asked(asked.gpu_memory_utilization) or _utilization_choice(engine)
-        choices["tensor_parallel_size"] = as_asked(asked.tensor_parallel_size) or _tp_choice(engine)
+        choices["tensor_parallel_size"] = as_asked(asked.tensor_parallel_size) or _tp_choice(request, engine)
     if request.part:
         choices |= _span_choices(request.part, engine)
     if asked.kv_cache_memory is not None or not engine.gpus:
@@ -482,12 +490,13 @@ def _kv_mib(engine: Engine) -> float:
     return max(engine.room_mib, engine.kv_mib(engine.least_len))
 
 
-def _len_choice(engine: Engine) -> Choice:
-    most = engine.snapshot.default_model_len
-    if engine.max_model_len == most:
-        return Choice(most, f"all {most} tokens of the model fit, {engine.concurrency:.1f} such requests at once")
+def _len_choice(engine: Engine, most: int) -> Choice:
+    every = engine.snapshot.default_model_len
+    if engine.max_model_len == every:
+        return Choice(every, f"all {every} tokens of the model fit, {engine.concurrency:.1f} such requests at once")
     kv = f"{max(0.0, engine.room_mib):.0f} MiB of KV cache"
-    return Choice(engine.max_model_len, f"the largest that fits one request in {kv}, of {most}")
+    more = f"; prefer: context takes more GPUs, for {most}" if most > engine.max_model_len else ""
+    return Choice(engine.max_model_len, f"the largest that fits one request in {kv}, of {every}{more}")
 
 
 def _seqs_why(engine: Engine) -> str:
@@ -513,11 +522,14 @@ def _utilization_choice(engine: Engine) -> Choice:
     return Choice(engine.utilization, f"{share}, less {CONTEXT_MIB} MiB for the CUDA context, which is not counted")
 
 
-def _tp_choice(engine: Engine) -> Choice:
+def _tp_choice(request: Request, engine: Engine) -> Choice:
     if engine.tp == 1:
         return Choice(1, f"{engine.gpus[0].id} alone holds it")
     names = " and ".join(gpu.id for gpu in engine.gpus)
-    return Choice(engine.tp, f"the fewest equal GPUs that hold {engine.model_mib:.0f} MiB of weights each: {names}")
+    less = "less context" if request.prefer == "context" else "less than half of the context"
+    return Choice(
+        engine.tp, f"fewer equal GPUs hold {less}, or none: {engine.model_mib:.0f} MiB of weights on {names} each"
+    )
 
 
 def _argv(request: Request, engine: Engine, settings: Mapping[str, Choice]) -> tuple[str, ...]:

@@ -28,7 +28,9 @@ class VllmSettings:
         Size(), "KV cache on each GPU, or in main memory on the CPU; default: all that is left", default=None
     )
     tensor_parallel_size: int | None = setting(
-        Int(1, 64), "GPUs that hold a part of every layer each; default: as few as hold it", default=None
+        Int(1, 64),
+        "GPUs that hold a part of every layer each; default: as few as hold it with half its context",
+        default=None,
     )
     gpus: tuple[int, ...] | None = setting(
         ListOf(Int(0, 63)), "indices of the host's GPUs it may use; default: as few as hold it", default=None

@@ -310,18 +310,42 @@ def test_services_pinned_to_one_gpu_share_it():
     [
         (QWEN3_8B, [24576] * 4, 1),
         (QWEN3_8B, [12288] * 4, 2),
-        (LLAMA_70B, [81920] * 4, 2),
+        (QWEN3_8B, [18 * 1024] * 2, 2),
+        (LLAMA_70B, [81920] * 2, 2),
+        (LLAMA_70B, [81920] * 4, 4),
         (LLAMA_70B, [49152] * 4, 4),
         (LLAMA_70B, [24576] * 8, 8),
     ],
 )
 def test_as_few_gpus_as_hold_it(snapshot: Snapshot, cards: list[int], tp: int):
-    """Every GPU more costs time in each layer."""
+    """Every GPU more costs time in each layer; what counts as held is the model and half of its context."""
     planned = plan(request(snapshot), budget(*(gpu(i, vram) for i, vram in enumerate(cards))))
     assert planned.fits
     assert value(planned, "tensor_parallel_size") == tp == len(planned.gpus)
     assert after(planned.argv, "--tensor-parallel-size") == str(tp)
     assert {card.id for card in planned.gpus} < set(planned.memory)
+
+
+def test_a_preferred_context_takes_more_gpus():
+    """One GPU holds most of the context, two hold all of it; the plan names the other choice."""
+    cards, context = budget(gpu(0), gpu(1)), {"prefer": "context"}
+    fewer, longer = plan(request(), cards), plan(request(more=context), cards)
+    assert QWEN3_8B.max_model_len / 2 < value(fewer, "max_model_len") < QWEN3_8B.max_model_len
+    assert "prefer: context takes more GPUs, for 40960" in fewer.settings["max_model_len"].why
+    assert (value(longer, "tensor_parallel_size"), value(longer, "max_model_len")) == (2, 40960)
+    assert value(plan(request(more=context, max_model_len=20480), cards), "tensor_parallel_size") == 1
+    pinned = plan(request(more=context, tensor_parallel_size=1), cards)
+    assert value(pinned, "max_model_len") == value(fewer, "max_model_len")
+
+
+def test_more_memory_costs_half_of_the_context_at_most():
+    """Where one GPU begins to be enough two had more room."""
+    most = 0
+    for vram in range(8 * 1024, 36 * 1024, 512):
+        planned = plan(request(), budget(gpu(0, vram), gpu(1, vram)))
+        most = max(most, planned.health.n_ctx or 0) if planned.fits else 0
+        assert (planned.health.n_ctx or 0) >= most / 2
+    assert most == QWEN3_8B.max_model_len
 
 
 def test_attention_heads_must_split():
