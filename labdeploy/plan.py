@@ -174,7 +174,7 @@ def _planned_in(order: tuple[str, ...], host: Host, requests: Mapping[str, Reque
     threads = _threads(host, requests, least)
     planned: dict[str, ServicePlan] = {}
     for name in order:
-        later = {other: least[other] for other in order[len(planned) + 1 :]}
+        later = {other: least[other] for other in order[len(planned) + 1 :] if least[other].fits}
         budget = _budget(host, {**planned, **later}, requests)
         shared = _share(budget, least[name], list(later.values())) if later else budget
         n, why = threads[name]
@@ -390,7 +390,8 @@ def _budget(host: Host, taken: Mapping[str, ServicePlan], requests: Mapping[str,
 
 
 def _taken(planned: Iterable[ServicePlan], device: str) -> float:
-    return sum(service.memory[device].total_mib for service in planned if device in service.memory)
+    """Sum what services take of a device; one that does not fit will not run, and keeps no other from fitting."""
+    return sum(service.memory[device].total_mib for service in planned if device in service.memory and service.fits)
 
 
 def _in_start_order(planned: Mapping[str, ServicePlan], requests: Mapping[str, Request]) -> dict[str, ServicePlan]:

@@ -564,13 +564,16 @@ def test_a_preference_without_effect_is_told(lab: Lab):
             {"a": "model: qwen3-8b, ctx_size: 40960, gpu_layers: 37", "b": "model: qwen3-4b, gpus: []"},
             ["a"],
         ),
-        ("cpu: {cores: 8}, ram: 8GiB", {"a": "model: qwen3-8b, ctx_size: 40960", "b": "model: qwen3-4b"}, ["a", "b"]),
+        ("cpu: {cores: 8}, ram: 8GiB", {"a": "model: qwen3-8b, ctx_size: 40960", "b": "model: qwen3-4b"}, ["a"]),
     ],
 )
 def test_what_does_not_fit_alone_does_not_fit_beside_others(
     lab: Lab, hardware: str, services: dict[str, str], broken: list[str]
 ):
-    """A share that was left for a service is never more than what is free: the plan would promise too much."""
+    """A share that was left for a service is never more than what is free: the plan would promise too much.
+
+    And one that will not run takes nothing that the other needs.
+    """
     ports = {name: f"runner: llama-server, port: {8080 + i}, {keys}" for i, (name, keys) in enumerate(services.items())}
     plan = lab.plan(hardware, **ports)
     assert [each.name for each in plan.services if not each.fits] == broken

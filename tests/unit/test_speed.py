@@ -53,7 +53,7 @@ def test_four_machines_are_rendered_at_once(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_what_fits_nowhere_is_told_soon(lab: Lab, capsys: pytest.CaptureFixture[str]):
-    """Three services on three unequal GPUs, 300 ways to lay each out, and the lines that would help: under 12 s."""
+    """Three services on three unequal GPUs, 300 ways to lay each out, and the lines that would help: under 8 s."""
     cards = ", ".join(f"{{name: RTX 3090, vram: {vram}GiB}}" for vram in (24, 12, 8))
     hardware = f"cpu: {{cores: 16}}, ram: 24GiB, gpus: [{cards}]"
     services = {
@@ -66,9 +66,9 @@ def test_what_fits_nowhere_is_told_soon(lab: Lab, capsys: pytest.CaptureFixture[
     plan = lab.plan(hardware, **{n: f"runner: llama-server, port: {port}, {services[n]}" for n, port in ports})
     taken = time.process_time() - before
     with capsys.disabled():
-        sys.stdout.write(f"\nthree services that fit nowhere: {taken:.1f} s\n")
-    assert not any(service.fits for service in plan.services)
-    assert taken < 12
+        sys.stdout.write(f"\nthree services of which two fit nowhere: {taken:.1f} s\n")
+    assert [service.name for service in plan.services if not service.fits] == ["b", "c"]
+    assert taken < 8
 
 
 def plan_and_render_s(n_hosts: int) -> float:
