@@ -344,7 +344,7 @@ class _Search:
         """Try every set of GPUs, then the CPU alone where the inventory asks for no layers on a GPU."""
         found: Layout | None = None
         for gpus in self.room.gpu_sets:
-            layout = self.longest(gpus, found) if self.context_first else self.fastest(gpus)
+            layout = self.longest(gpus, found) if self.context_first else self.fastest(gpus, found)
             if layout and (found is None or self._worth(layout) > self._worth(found)):
                 found = layout
             if found and found.rank == len(self.ladder) - 1 and found.ctx_size >= self.most:
@@ -370,15 +370,20 @@ class _Search:
         """Order layouts by what is preferred; of equals the first wins, which has the fewest GPUs."""
         return (layout.ctx_size, layout.rank) if self.context_first else (layout.rank, layout.ctx_size)
 
-    def fastest(self, gpus: tuple[GpuBudget, ...]) -> Layout | None:
-        """Climb as high as fits, then take as much context as is left where no rung above is to be had."""
-        rank = self.highest(gpus, self.ctx_at)
+    def fastest(self, gpus: tuple[GpuBudget, ...], found: Layout | None) -> Layout | None:
+        """Climb as high as fits, then take as much context as is left where no rung above is to be had.
+
+        None where `found` is as high with as much context.
+        """
+        rank = self.highest(gpus, self.ctx_at, bottom=found.rank if found else 0)
         if rank is None:
             return None
-        layout = self.at(gpus, rank, self.ctx_at(rank))
-        if rank == len(self.ladder) - 1:
-            return self.grown(layout, self.most)
-        return self.grown(layout, self.one_block_ctx) if rank == self.bare else layout
+        most = self.most if rank == len(self.ladder) - 1 else self.one_block_ctx if rank == self.bare else 0
+        if found and rank == found.rank:
+            more = min(found.ctx_size + CTX_STEP, most)
+            if more <= found.ctx_size or self.surely_too_big(gpus, rank, more):
+                return None
+        return self.grown(self.at(gpus, rank, self.ctx_at(rank)), most)
 
     def longest(self, gpus: tuple[GpuBudget, ...], found: Layout | None) -> Layout | None:
         """Take the longest context that fits on any rung, and of those rungs the highest; None where `found` has more.
@@ -404,9 +409,11 @@ class _Search:
                 low, rank = step, fitting
         return self.at(gpus, rank, ctx_at(low, rank))
 
-    def highest(self, gpus: tuple[GpuBudget, ...], ctx_at: Callable[[int], int], top: int | None = None) -> int | None:
+    def highest(
+        self, gpus: tuple[GpuBudget, ...], ctx_at: Callable[[int], int], top: int | None = None, bottom: int = 0
+    ) -> int | None:
         """Find the highest rung that fits, from the top: compute buffers shrink on some rungs, so no bisection."""
-        for rank in reversed(range(len(self.ladder) if top is None else top + 1)):
+        for rank in reversed(range(bottom, len(self.ladder) if top is None else top + 1)):
             ctx_size = ctx_at(rank)
             if _costs_at(self.shape, self.wish.base, ctx_size).left_mib(self.ladder[rank]) > self.room.ram_mib:
                 return None  # every rung below leaves more to the RAM
