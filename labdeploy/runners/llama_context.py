@@ -12,7 +12,7 @@ from labdeploy.models.gguf import TYPE_BY_NAME
 from labdeploy.runners.llama_placement import LlamaMemorySettings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from labdeploy.models.shape import LayerShape, ModelShape
 
@@ -21,6 +21,26 @@ F32, F16 = 4, 2
 CTX_PAD_TOKENS = 256  # llama-context.cpp pads the context to this, llama-kv-cache-iswa.cpp the sliding cache
 
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+WHOLE_TYPES, KV_BLOCK = ("f32", "f16", "bf16"), 32  # the others keep 32 numbers in a block (ggml-common.h)
+
+
+def refused_types(k: str, v: str, shape: ModelShape, *, flash_attn: bool) -> Iterator[tuple[str, str]]:
+    """Say why llama-server would exit with these types of the KV cache: `k`, `v` or `both`, and why.
+
+    Source: llama_init_from_model and llama_context (llama-context.cpp).
+    """
+    if not flash_attn and v not in WHOLE_TYPES:
+        yield "v", f"{v} needs flash attention, which is off"
+    layers = [layer for layer in shape.trunk if layer.has_kv] if flash_attn else []
+    for which, kind, heads in (
+        ("k", k, {layer.head_k for layer in layers}),
+        ("v", v, {layer.head_v for layer in layers}),
+    ):
+        odd = sorted(head for head in heads if head % KV_BLOCK) if kind not in WHOLE_TYPES else []
+        if odd:
+            yield which, f"{kind} has blocks of {KV_BLOCK} numbers, heads of this model have {odd[0]}"
+    if shape.is_mla and k != v:
+        yield "both", f"{k} and {v} differ; this model keeps one cache for both"
 
 
 def pad(n: int, to: int = CTX_PAD_TOKENS) -> int:

@@ -32,6 +32,7 @@ from labdeploy.runners.base import (
     too_much,
 )
 from labdeploy.runners.llama_beside import Models, models_of
+from labdeploy.runners.llama_context import KV_TYPES, refused_types
 from labdeploy.runners.llama_flags import spoken
 from labdeploy.runners.llama_memory import LlamaMemorySettings
 from labdeploy.runners.llama_tuning import CTX_STEP, LEAST_CTX, Layout, Room, Wish, choose, nearest, needs, sets_to_try
@@ -45,8 +46,6 @@ if TYPE_CHECKING:
 
 CACHE_RAM_DEFAULT_MIB = 8192  # llama-server's own --cache-ram
 Q8_0: dict[str, Any] = {"cache_type_k": "q8_0", "cache_type_v": "q8_0"}
-WHOLE_TYPES, KV_BLOCK = ("f32", "f16", "bf16"), 32  # the others keep 32 numbers in a block (ggml-common.h)
-KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 BASE_START_S = 60  # program start, warm-up and a busy machine, before any byte of the model is read
 GPU_START_S = 120  # more, for a first start: drivers compile shaders (31 s of two cores for Mesa's software Vulkan)
 LOG_VERBOSITY = 4  # at its default of 3, 0.7.0 does not say which layers and buffers went where
@@ -306,24 +305,14 @@ def _q8_0_works(asked: LlamaServerSettings, shape: ModelShape) -> bool:
 
 
 def _wrong_cache_types(asked: LlamaServerSettings, shape: ModelShape) -> Iterator[tuple[str, str]]:
-    """Say why llama-server would exit with these types of the KV cache, each with what to write (llama-context.cpp)."""
-    k, v = asked.cache_type_k or "f16", asked.cache_type_v or "f16"
-    if asked.flash_attn == "off" and v not in WHOLE_TYPES:
-        yield f"cache_type_v: {v} needs flash attention, which is off", "leave flash_attn out, or cache_type_v"
-    layers = [layer for layer in shape.trunk if layer.has_kv] if asked.flash_attn != "off" else []
-    for key, kind, heads in (
-        ("k", k, {layer.head_k for layer in layers}),
-        ("v", v, {layer.head_v for layer in layers}),
-    ):
-        odd = sorted(head for head in heads if head % KV_BLOCK) if kind not in WHOLE_TYPES else []
-        if odd:
-            what = f"cache_type_{key}: {kind} has blocks of {KV_BLOCK} numbers, heads of this model have {odd[0]}"
-            yield what, f"leave cache_type_{key} out, or write f16"
-    if shape.is_mla and k != v:
-        yield (
-            f"cache_type_k {k} and cache_type_v {v} differ; this model keeps one cache for both",
-            "write one type for both",
-        )
+    """Say which types of the KV cache llama-server would exit with, each with what to write."""
+    types = asked.cache_type_k or "f16", asked.cache_type_v or "f16"
+    for which, why in refused_types(*types, shape, flash_attn=asked.flash_attn != "off"):
+        if which == "both":
+            yield f"cache_type_k and cache_type_v: {why}", "write one type for both"
+        else:
+            instead = "leave flash_attn out" if asked.flash_attn == "off" else "write f16"
+            yield f"cache_type_{which}: {why}", f"{instead}, or leave cache_type_{which} out"
 
 
 def _base(asked: LlamaServerSettings, models: Models, budget: Budget) -> LlamaMemorySettings:

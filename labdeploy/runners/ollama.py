@@ -31,6 +31,7 @@ from labdeploy.runners.base import (
     start_timeout_s,
     too_much,
 )
+from labdeploy.runners.llama_context import KV_TYPES, refused_types
 from labdeploy.runners.llama_memory import LlamaMemorySettings
 from labdeploy.runners.llama_tuning import needs
 from labdeploy.runners.ollama_env import (
@@ -59,7 +60,6 @@ FIT_TARGET_MIB = 256
 PROXY_MIB = 128  # Ollama's own process beside llama-server: an estimate, it holds no tensors
 BASE_START_S = 120  # GPU discovery may take 30 s for each backend and 30 s more, before anything answers
 STOP_S = 15  # it cuts what runs, kills its children and is gone; nothing is drained
-KV_TYPES = ("f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 DURATION = r"-1|\d+|(?:\d+(?:ms|s|m|h))+"
 
 OLDEST_ASSUMED = ">=0.30"  # where its version is not known; the host compares
@@ -165,6 +165,8 @@ class Ollama:
         text = version_text(request)
         version = numbers(text) if text else None
         tuning = _with_prompt_cache(asked, _tune(request, shape, budget), version)
+        if version is None or version >= LLAMA_SERVER_SINCE:
+            _refuse_cache_type(tuning)
         preferred = {"prefer": prefer_choice(request.prefer)} if tuning.gpus else {}
         threads = as_asked(asked.threads) or Choice(budget.threads, budget.threads_why)
         store = _store(request, shape, _parameters(asked, tuning, threads.value))
@@ -301,6 +303,17 @@ def _start(
 def _fit_target(gpus: tuple[GpuBudget, ...]) -> Choice:
     why = "the plan keeps its reserve anyway; with 1024, the default, layers that fit would go to the CPU"
     return Choice(FIT_TARGET_MIB, why if gpus else "no GPU is used")
+
+
+def _refuse_cache_type(tuning: _Tuning) -> None:
+    """Refuse a type of the KV cache with which the llama-server that Ollama starts would exit."""
+    if why := _why_refused(tuning):
+        raise InventoryError(f"kv_cache_type: {why}", hint="write kv_cache_type: f16, or leave it out")
+
+
+def _why_refused(tuning: _Tuning) -> str:
+    kind, flash_attn = tuning.value("kv_cache_type"), tuning.value("flash_attention") is not False
+    return next((why for _, why in refused_types(kind, kind, tuning.shape, flash_attn=flash_attn)), "")
 
 
 def _flash_attention(gpus: tuple[GpuBudget, ...]) -> Choice:
@@ -472,7 +485,8 @@ def _offers(tuning: _Tuning) -> Iterator[str]:
     """Give lines that make it fit where it does not, cheapest for its quality first."""
     if _fits(tuning.but(cache_ram=Choice(0, ""))):
         yield "cache_ram: 0MiB"
-    if tuning.value("kv_cache_type") == "f16" and _fits(tuning.but(kv_cache_type=Choice("q8_0", ""))):
+    smaller = tuning.but(kv_cache_type=Choice("q8_0", ""))
+    if tuning.value("kv_cache_type") == "f16" and not _why_refused(smaller) and _fits(smaller):
         yield "kv_cache_type: q8_0"
     shorter = [*range(tuning.value("context_length") // 1024 * 1024, 1023, -1024), 512]
     shorter = [n for n in shorter if n < tuning.value("context_length")]

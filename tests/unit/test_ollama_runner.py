@@ -144,11 +144,11 @@ def test_more_memory_never_means_less_context():
 
 def test_what_the_inventory_says_wins():
     """And still appears with its reason."""
-    asked = {"context_length": 8192, "num_parallel": 2, "kv_cache_type": "q8_0", "keep_alive": "30m", "threads": 3}
+    asked = {"context_length": 8192, "num_parallel": 2, "kv_cache_type": "bf16", "keep_alive": "30m", "threads": 3}
     planned = plan(request(**asked, flash_attention=False, fit_target=Mib(1024), cache_ram=Mib(512)), budget(gpu()))
     assert planned.env["OLLAMA_CONTEXT_LENGTH"] == "8192"
     assert planned.env["OLLAMA_NUM_PARALLEL"] == "2"
-    assert planned.env["OLLAMA_KV_CACHE_TYPE"] == "q8_0"
+    assert planned.env["OLLAMA_KV_CACHE_TYPE"] == "bf16"
     assert planned.env["OLLAMA_KEEP_ALIVE"] == "30m"
     assert planned.env["OLLAMA_FLASH_ATTENTION"] == "0"
     assert planned.env["LLAMA_ARG_FIT_TARGET"] == "1024"
@@ -222,6 +222,25 @@ def test_what_does_not_fit_says_by_how_much():
         key, text = way.split(": ")
         helped = {"context_length": 32768, key: int(text) if text.isdigit() else text}
         assert plan(request(**helped), host).fits, way
+
+
+@pytest.mark.parametrize(
+    ("settings", "card", "said"),
+    [
+        ({"flash_attention": False}, {}, "kv_cache_type: q8_0 needs flash attention, which is off"),
+        ({}, {"compute_capability": "5.2"}, "kv_cache_type: q8_0 needs flash attention, which is off"),
+    ],
+)
+def test_types_of_the_cache_that_end_its_llama_server_are_refused(
+    settings: dict[str, Any], card: dict[str, Any], said: str
+):
+    """Every load would fail; and no hint offers them."""
+    host = budget(gpu(**card))
+    with pytest.raises(InventoryError, match=said):
+        plan(request(kv_cache_type="q8_0", **settings), host)
+    assert plan(request(kv_cache_type="f16", **settings), host).fits
+    tight = plan(request(context_length=131072, **settings), budget(gpu(**card), ram_mib=9 * 1024))
+    assert "kv_cache_type: q8_0" not in list(tight.offers())
 
 
 # --- refusals and warnings ---------------------------------------------------------------------------------------
