@@ -187,7 +187,7 @@ class LlamaServer:
     def plan(self, request: Request, budget: Budget) -> ServicePlan:
         """Choose every setting that matters; what the inventory says always wins and is still checked."""
         models = models_of(request)
-        request = dataclasses.replace(request, settings=_counted(request.settings, models))
+        request = dataclasses.replace(request, settings=_resolved(request.settings, models))
         shape, prefer = models.shape, request.prefer or "speed"
         for what, hint in _wrong_cache_types(request.settings, shape):
             raise InventoryError(what, hint=hint)
@@ -233,12 +233,13 @@ class LlamaServer:
 RUNNER = LlamaServer()
 
 
-def _counted(asked: LlamaServerSettings, models: Models) -> LlamaServerSettings:
-    """Give `all` layers their number, the output layer counting as one."""
+def _resolved(asked: LlamaServerSettings, models: Models) -> LlamaServerSettings:
+    """Give `all` layers their number, the output layer counting as one; a split of zeros is none to llama.cpp."""
     counts = {"gpu_layers": models.shape, "spec_draft_ngl": models.draft}
     known = {key: shape.n_layer_all + 1 for key, shape in counts.items() if shape}
     every: dict[str, Any] = {key: n for key, n in known.items() if getattr(asked, key) == ALL_LAYERS}
-    return dataclasses.replace(asked, **every)
+    split = asked.tensor_split if any(asked.tensor_split or ()) else None
+    return dataclasses.replace(asked, tensor_split=split, **every)
 
 
 # --- choosing --------------------------------------------------------------------------------------------------

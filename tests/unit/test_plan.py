@@ -241,6 +241,15 @@ def test_a_split_for_more_gpus_than_there_are_is_refused(lab: Lab):
         lab.plan(f"{CPU}, {cards}", a="runner: llama-server, model: qwen3-8b, port: 1, tensor_split: [1, 1, 1]")
 
 
+@pytest.mark.parametrize("split", ["[0, 0]", "[]"])
+def test_a_split_of_zeros_is_none(lab: Lab, split: str):
+    """llama.cpp then splits by what is free; planned as written, all layers would be on the first GPU."""
+    cards = "gpus: [{name: RTX 3070, vram: 8GiB}, {name: RTX 3070, vram: 8GiB}]"
+    base = "runner: llama-server, model: qwen3-8b, port: 1"
+    plain, zeros = (named(lab.plan(f"{CPU}, {cards}", a=keys)) for keys in (base, f"{base}, tensor_split: {split}"))
+    assert (zeros.argv, zeros.settings) == (plain.argv, plain.settings)
+
+
 # --- budgets ------------------------------------------------------------------------------------------------------
 
 MACHINES = {
