@@ -323,9 +323,9 @@ def gpu_sets(allowed: tuple[GpuBudget, ...]) -> list[tuple[GpuBudget, ...]]:
     return [tuple(sorted(gpus, key=lambda gpu: gpu.index)) for gpus in sets]
 
 
-def checkpoints(shape: ModelShape) -> Choice:
+def checkpoints(shape: ModelShape, *, swa_full: bool = False) -> Choice:
     """Bound llama.cpp's context checkpoints: only models that cannot rewind their context keep any, up to 32 a slot."""
-    if shape.has_swa or shape.is_recurrent:
+    if (shape.has_swa and not swa_full) or shape.is_recurrent:
         return Choice(8, "this model cannot rewind its context; 32, the default, would take four times the RAM")
     return Choice(0, "this model can rewind its context without them")
 

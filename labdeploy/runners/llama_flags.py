@@ -120,6 +120,10 @@ def _mmproj(_value: str, _known: Flags, _argv: Words) -> Older:
     raise InventoryError("it cannot read images", hint="update llama-server, or no mmproj")
 
 
+def _swa_full(_value: str, _known: Flags, _argv: Words) -> Older:
+    return Older()  # its cache has no windows
+
+
 def _most_tokens(_value: str, _known: Flags, _argv: Words) -> Older:
     return Older(lost="an image may become more tokens, and take more memory")
 
@@ -139,6 +143,7 @@ FEATURES: Mapping[str, Feature] = {
     "--no-kv-unified": Feature(takes_value=False, since="after PR #14363, July 2025", older=_own_pools),
     "--cache-ram": Feature(takes_value=True, since="PR #16391, October 2025", older=_cache_ram),
     "--ctx-checkpoints": Feature(takes_value=True, since="PR #15293, as --swa-checkpoints", older=_checkpoints),
+    "--swa-full": Feature(takes_value=False, since="PR #13194, May 2025", older=_swa_full),
     "--load-mode": Feature(takes_value=True, since="PR #20834, 2026", older=_load_mode),
     "--n-cpu-moe": Feature(takes_value=True, since="PR #15077, August 2025", older=_n_cpu_moe),
     "--log-verbosity": Feature(takes_value=True, since="with --fit", older=_log_verbosity, came_with="--fit"),

@@ -91,6 +91,9 @@ class LlamaServerSettings:
     ctx_checkpoints: int | None = setting(
         Int(0, 1024), "context checkpoints per slot, for sliding-window and recurrent models", default=None
     )
+    swa_full: bool | None = setting(
+        Bool(), "keep the whole context of layers with a sliding window too, so that prompts are reused", default=None
+    )
     load_mode: str | None = setting(
         OneOf(("auto", "none", "mmap", "mlock", "mmap+mlock", "dio")), "how the file is read", default=None
     )
@@ -129,6 +132,7 @@ OWNED_FLAGS = {
         "flash_attn": ("-fa", "--flash-attn"),
         "cache_ram": ("-cram", "--cache-ram"),
         "ctx_checkpoints": ("-ctxcp", "--ctx-checkpoints"),
+        "swa_full": ("--swa-full",),
         "load_mode": ("-lm", "--load-mode"),
         "mmproj": ("-mm", "--mmproj", "-mmdev", "--mmproj-device", "--mmproj-auto", "--no-mmproj-auto", "--no-mmproj"),
         "mmproj_offload": ("--mmproj-offload", "--no-mmproj-offload"),
@@ -150,6 +154,15 @@ OWNED_FLAGS = {
     }.items()
     for flag in flags
 } | {"-fit": "a plan leaves nothing to fit", "--fit": "a plan leaves nothing to fit"}
+# Flags that change what llama-server allocates, or where (common/arg.cpp), and that no setting stands for.
+UNCOUNTED_FLAGS = frozenset(
+    (
+        *("-sm", "--split-mode", "-mg", "--main-gpu", "-ot", "--override-tensor", "-nkvo", "--no-kv-offload"),
+        *("--lora", "--lora-scaled", "--control-vector", "--control-vector-scaled", "--rpc", "-nr", "--no-repack"),
+        *("--no-host", "--no-op-offload", "--embedding", "--embeddings", "--rerank", "--reranking", "--override-kv"),
+        *("-otd", "--override-tensor-draft", "-ncmoed", "--n-cpu-moe-draft", "-mv", "--model-vocoder"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -332,7 +345,8 @@ def _base(asked: LlamaServerSettings, models: Models, budget: Budget) -> LlamaMe
         gpu_api=allowed[0].gpu.api if allowed else "cuda",
         cpu_flags=frozenset(budget.cpu_features),
         cache_ram_mib=asked.cache_ram or 0,
-        ctx_checkpoints=checkpoints(models.shape).value if asked.ctx_checkpoints is None else asked.ctx_checkpoints,
+        ctx_checkpoints=_checkpoints(asked, models.shape).value,
+        swa_full=bool(asked.swa_full),
         projector=models.projector,
         mmproj_offload=asked.mmproj_offload is not False,
         image_max_tokens=asked.image_max_tokens,
@@ -379,6 +393,10 @@ def _with_prompt_cache(
     return dataclasses.replace(layout, settings=settings), Choice(chosen, why)
 
 
+def _checkpoints(asked: LlamaServerSettings, shape: ModelShape) -> Choice:
+    return as_asked(asked.ctx_checkpoints) or checkpoints(shape, swa_full=bool(asked.swa_full))
+
+
 # --- reasons ---------------------------------------------------------------------------------------------------
 
 
@@ -399,7 +417,8 @@ def _choices(asked: LlamaServerSettings, prefer: Prefer, shape: ModelShape, layo
         "cache_type_k": as_asked(asked.cache_type_k) or _cache_choice(settings.cache_type_k),
         "cache_type_v": as_asked(asked.cache_type_v) or _cache_choice(settings.cache_type_v),
         "flash_attn": as_asked(asked.flash_attn) or Choice("on", "without it compute memory grows with the context"),
-        "ctx_checkpoints": as_asked(asked.ctx_checkpoints) or checkpoints(shape),
+        "ctx_checkpoints": _checkpoints(asked, shape),
+        **({} if asked.swa_full is None else {"swa_full": Choice(asked.swa_full, "as the inventory says")}),
         "load_mode": as_asked(asked.load_mode)
         or Choice("auto", "maps the file, so that a restart reads it from cache"),
         **beside.choices(asked, layout),
@@ -553,9 +572,11 @@ def _lossless_ways(asked: LlamaServerSettings, tuned: Callable[..., _Tuning | No
 def _slower_prompts(
     asked: LlamaServerSettings, shape: ModelShape, tuned: Callable[..., _Tuning | None]
 ) -> Iterator[str]:
-    """Give what makes prompts slower: fewer checkpoints to go back to, smaller batches."""
-    if (asked.ctx_checkpoints or checkpoints(shape).value) and tuned(ctx_checkpoints=0):
+    """Give what makes prompts slower: fewer checkpoints to go back to, windows that slide, smaller batches."""
+    if _checkpoints(asked, shape).value and tuned(ctx_checkpoints=0):
         yield "ctx_checkpoints: 0"
+    if asked.swa_full and tuned(swa_full=False):
+        yield "swa_full: false"
     smaller = [n for n in (512, 256, 128) if n < (asked.ubatch_size or 512)]
     if found := next((n for n in smaller if tuned(ubatch_size=n)), None):
         yield f"ubatch_size: {found}"
@@ -609,10 +630,16 @@ def _warnings(request: Request, tuning: _Tuning, shape: ModelShape) -> Iterator[
     if tuning.layout.settings.cache_type_k == "q8_0" and request.settings.cache_type_k is None:
         yield "the KV cache is in q8_0, because in f16 it fits nowhere: answers differ a little from those of f16"
     yield from beside.warnings(tuning.layout.settings, shape)
+    if uncounted := [flag for flag in request.flags if _plain_flag(flag) in UNCOUNTED_FLAGS]:
+        yield f"flags: {' '.join(uncounted)} moves or takes memory that this plan does not count"
     if pair := _slow_cache(tuning):
         yield f"cache types {pair}: CUDA builds have kernels for twice the same of f16, bf16, q8_0, q4_0 only"
     if not ipaddress.ip_address(request.bind).is_loopback and not request.api_key_file:
         yield f"listens on {request.bind} without an API key: anyone who reaches the port can use it"
+
+
+def _plain_flag(word: str) -> str:
+    return word.partition("=")[0].replace("_", "-")
 
 
 def _slow_cache(tuning: _Tuning) -> str:
@@ -656,6 +683,7 @@ def _argv(request: Request, settings: Mapping[str, Choice], gpus: tuple[GpuBudge
         *("--fit", "off"),
         *("--cache-ram", str(value["cache_ram"])),
         *("--ctx-checkpoints", str(value["ctx_checkpoints"])),
+        *(("--swa-full",) if value.get("swa_full") else ()),
         *("--load-mode", value["load_mode"]),
         "--metrics",
         *("--log-verbosity", str(LOG_VERBOSITY)),

@@ -628,6 +628,29 @@ def test_what_cannot_be_served_is_told_of_all_services_at_once(lab: Lab):
     assert ran.err.count("error: ") == 3
 
 
+def test_the_whole_context_of_sliding_layers(lab: Lab):
+    """Fewer tokens fit, but no checkpoint is needed to go back; where it is too much, the window is offered."""
+    keys = "runner: llama-server, model: gemma3-27b, port: 8080"
+    window, full = (named(lab.plan(RTX, a=f"{keys}, ctx_size: 8192{more}")) for more in ("", ", swa_full: true"))
+    assert "--swa-full" in full.argv
+    assert "--swa-full" not in window.argv
+    assert full.memory["gpu0"].context_mib > 2 * window.memory["gpu0"].context_mib
+    assert [each.settings["ctx_checkpoints"].value for each in (window, full)] == [8, 0]
+    big = named(lab.plan(RTX, a=f"{keys}, ctx_size: 65536, gpu_layers: all, swa_full: true"))
+    assert "swa_full: false" in big.ways_to_fit
+    qwen = named(lab.plan(RTX, a="runner: llama-server, model: qwen3-8b, port: 8080, swa_full: true"))
+    assert qwen.fits
+
+
+def test_flags_that_the_plan_does_not_count_are_told(lab: Lab):
+    """They go to llama-server as they are; a flag that takes no memory is nobody's business."""
+    keys = "runner: llama-server, model: qwen3-8b, port: 8080"
+    moved = named(lab.plan(RTX, a=f"{keys}, flags: [--split_mode, row, --lora=a.gguf, --jinja]"))
+    assert "flags: --split_mode --lora=a.gguf moves or takes memory that this plan does not count" in moved.warnings
+    plain = named(lab.plan(RTX, a=f"{keys}, flags: [--jinja]"))
+    assert not any("does not count" in text for text in plain.warnings)
+
+
 def test_words_that_the_runners_take_for_numbers(lab: Lab):
     """`auto` is as if nothing were written, `all` is the number of layers."""
     base = "runner: llama-server, model: qwen3-8b, port: 8080"
