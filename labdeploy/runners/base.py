@@ -13,6 +13,7 @@ from labdeploy.schema import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Set as AbstractSet
 
     from labdeploy.facts.build import Build
     from labdeploy.hardware import Gpu
@@ -328,6 +329,13 @@ def checkpoints(shape: ModelShape, *, swa_full: bool = False) -> Choice:
     if (shape.has_swa and not swa_full) or shape.is_recurrent:
         return Choice(8, "this model cannot rewind its context; 32, the default, would take four times the RAM")
     return Choice(0, "this model can rewind its context without them")
+
+
+def uncounted(request: Request, flags: AbstractSet[str]) -> Iterator[str]:
+    """Warn of those of a service's flags that change what its runner allocates, and that no setting stands for."""
+    found = [word for word in request.flags if word.partition("=")[0].replace("_", "-") in flags]
+    if found:
+        yield f"flags: {' '.join(found)} moves or takes memory that this plan does not count"
 
 
 def credential_path(request: Request) -> str:

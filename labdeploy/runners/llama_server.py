@@ -30,6 +30,7 @@ from labdeploy.runners.base import (
     prefer_choice,
     start_timeout_s,
     too_much,
+    uncounted,
 )
 from labdeploy.runners.llama_beside import Models, models_of
 from labdeploy.runners.llama_context import KV_TYPES, refused_types
@@ -630,16 +631,11 @@ def _warnings(request: Request, tuning: _Tuning, shape: ModelShape) -> Iterator[
     if tuning.layout.settings.cache_type_k == "q8_0" and request.settings.cache_type_k is None:
         yield "the KV cache is in q8_0, because in f16 it fits nowhere: answers differ a little from those of f16"
     yield from beside.warnings(tuning.layout.settings, shape)
-    if uncounted := [flag for flag in request.flags if _plain_flag(flag) in UNCOUNTED_FLAGS]:
-        yield f"flags: {' '.join(uncounted)} moves or takes memory that this plan does not count"
+    yield from uncounted(request, UNCOUNTED_FLAGS)
     if pair := _slow_cache(tuning):
         yield f"cache types {pair}: CUDA builds have kernels for twice the same of f16, bf16, q8_0, q4_0 only"
     if not ipaddress.ip_address(request.bind).is_loopback and not request.api_key_file:
         yield f"listens on {request.bind} without an API key: anyone who reaches the port can use it"
-
-
-def _plain_flag(word: str) -> str:
-    return word.partition("=")[0].replace("_", "-")
 
 
 def _slow_cache(tuning: _Tuning) -> str:

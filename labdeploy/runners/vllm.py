@@ -26,6 +26,7 @@ from labdeploy.runners.base import (
     credential_path,
     device_env,
     start_timeout_s,
+    uncounted,
 )
 from labdeploy.runners.vllm_memory import (
     CONTEXT_MIB,
@@ -35,7 +36,7 @@ from labdeploy.runners.vllm_memory import (
     hundredths,
     memory,
 )
-from labdeploy.runners.vllm_settings import OWNED_ENV, OWNED_FLAGS, VllmSettings
+from labdeploy.runners.vllm_settings import OWNED_ENV, OWNED_FLAGS, UNCOUNTED_FLAGS, VllmSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -391,6 +392,7 @@ def _warnings(request: Request, engine: Engine, budget: Budget) -> Iterator[str]
         yield "prefer changes nothing here: vLLM runs wholly on its devices, and it has no more GPUs to take"
     yield from _device_warnings(engine, budget)
     yield from _model_warnings(engine)
+    yield from uncounted(request, UNCOUNTED_FLAGS)
     if part := request.part:
         yield f"what {' and '.join(part.hosts)} say to each other is not encrypted, and who can say it runs code there"
     if "/current/" in request.binary:

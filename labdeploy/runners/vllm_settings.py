@@ -104,6 +104,16 @@ OWNED_FLAGS = {
     "--master-port": "write span_port:",
     "--distributed-executor-backend": "write engine:",
 }
+# Flags that change what vLLM allocates, or how many GPUs it takes (arg_utils.py), and that no setting stands for.
+UNCOUNTED_FLAGS = frozenset(
+    (
+        *("-dp", "--data-parallel-size", "-dcp", "--decode-context-parallel-size", "--enable-expert-parallel", "-ep"),
+        *("--cpu-offload-gb", "--kv-offloading-size", "--kv-transfer-config", "--enable-sleep-mode", "--block-size"),
+        *("--speculative-config", "-sc", "--enable-lora", "--max-loras", "--max-lora-rank", "--lora-modules"),
+        *("--limit-mm-per-prompt", "--mm-processor-cache-gb", "--hf-overrides", "--load-format"),
+        *("--compilation-config", "-cc", "--cudagraph-capture-sizes", "--max-cudagraph-capture-size"),
+    )
+)
 OWNED_ENV = {
     "VLLM_API_KEY": "a key in a unit is readable by everyone on the host; write api_key_file:",
     "VLLM_PORT": "it is not the API's port but an internal one; write port:",

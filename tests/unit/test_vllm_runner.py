@@ -348,6 +348,13 @@ def test_more_memory_costs_half_of_the_context_at_most():
     assert most == QWEN3_8B.max_model_len
 
 
+def test_flags_that_the_plan_does_not_count_are_told():
+    """A second copy of the engine, for one."""
+    flags = ("--data-parallel-size=2", "--enable-prefix-caching", "--enable-lora")
+    told = plan(request(more={"flags": flags}), budget(gpu())).warnings
+    assert "flags: --data-parallel-size=2 --enable-lora moves or takes memory that this plan does not count" in told
+
+
 def test_attention_heads_must_split():
     """28 heads go over 2, 4 or 7 GPUs, not over 3."""
     odd = dataclasses.replace(QWEN3_8B, n_attention_heads=28, n_key_value_heads=4)
