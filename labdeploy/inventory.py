@@ -13,7 +13,7 @@ from labdeploy.addresses import is_ip
 from labdeploy.errors import InventoryError
 from labdeploy.hardware import UNKNOWN, Hardware, Reserve
 from labdeploy.runners import RUNNERS
-from labdeploy.runners.base import Part, Prefer  # noqa: TC001 (dataclass fields' types)
+from labdeploy.runners.base import Part, Prefer, owned
 from labdeploy.schema import (
     NULL_TAG,
     AbsolutePath,
@@ -404,8 +404,9 @@ def _check_services(host_name: str, host: Host, models: Iterable[str], root: yam
         if any(fnmatch.fnmatch(unit, reserved) for reserved in RESERVED_UNITS):
             _note(root, place, at, f"{unit} is a unit of labdeploy itself or of the system; take another name")
         units[unit] = name
-        for flag, key in _owned_flags(service):
-            _note(root, place, f"{at}.flags", f"{flag} is set by the plan; {key}")
+        if service.runner in RUNNERS:
+            for key, what in owned(service.flags, service.env, RUNNERS[service.runner]):
+                _note(root, place, f"{at}.{key}", what)
 
 
 def _check_spans(hosts: Mapping[str, Host], root: yaml.Node, place: Place) -> None:
@@ -461,15 +462,6 @@ def _overlap(one: str, other: str) -> bool:
     """Tell whether two listen addresses collide on the same port; a wildcard takes them all."""
     wildcards = {"0.0.0.0", "::"}  # noqa: S104 (a comparison, not a bind)
     return one == other or bool({one, other} & wildcards)
-
-
-def _owned_flags(service: Service) -> list[tuple[str, str]]:
-    """List the flags of a service that the plan sets itself, each with what to write instead."""
-    if service.runner not in RUNNERS:
-        return []
-    owned = RUNNERS[service.runner].owned_flags
-    words = [word.split("=")[0].replace("_", "-") for word in service.flags if word.startswith("-")]
-    return [(word, owned[word]) for word in words if word in owned]
 
 
 def _note(root: yaml.Node, place: Place, path: str, what: str) -> None:

@@ -14,7 +14,7 @@ from labdeploy import agreement
 from labdeploy.errors import FitError, InventoryError, all_of
 from labdeploy.machines import completed, differences
 from labdeploy.runners import RUNNERS
-from labdeploy.runners.base import Budget, GpuBudget, Request, ServicePlan, require_known_flags
+from labdeploy.runners.base import Budget, GpuBudget, Request, ServicePlan, owned, require_known_flags
 from labdeploy.schema import read_line
 
 if TYPE_CHECKING:
@@ -341,6 +341,9 @@ def _request(host: Host, service: Service, book: ModelBook) -> Request:
         part=service.part,
         beside={key: book.facts(name, host.models_dir or "") for key, name in beside.items()},
     )
+    if service.runner == "auto":  # else reading the inventory saw it
+        for key, what in owned(service.flags, service.env, RUNNERS[runner]):
+            raise InventoryError(f"{host.name}: {service.name}: {key}: {what}", hint=f"write runner: {runner} too")
     require_known_flags(request, host.name)
     return request
 

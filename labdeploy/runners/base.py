@@ -165,6 +165,17 @@ class Request:
         return self.model.size_bytes + sum(model.size_bytes for model in self.beside.values())
 
 
+def owned(flags: Iterable[str], env: Iterable[str], runner: Runner) -> Iterator[tuple[str, str]]:
+    """Name what a service passes on though the plan sets it: the key where it stands, and what to write instead."""
+    for word in flags:
+        flag = word.partition("=")[0].replace("_", "-")
+        if word.startswith("-") and flag in runner.owned_flags:
+            yield "flags", f"{flag} is set by the plan; {runner.owned_flags[flag]}"
+    for name in env:
+        if name in runner.owned_env:
+            yield f"env.{name}", f"cannot be set here; {runner.owned_env[name]}"
+
+
 def require_known_flags(request: Request, host: str) -> None:
     """Refuse flags of the inventory that the probed build does not know: it would end at once when it starts."""
     build = request.build
@@ -363,6 +374,10 @@ class Runner(Protocol):
         """Flags the plan sets itself, each with the inventory key to write instead."""
 
     @property
+    def owned_env(self) -> Mapping[str, str]:
+        """Environment variables that would change what was planned, each with what to write instead."""
+
+    @property
     def sizes_itself(self) -> bool:
         """Whether it takes what is left of a GPU (vLLM), so that it is planned after the others."""
 
@@ -377,6 +392,16 @@ class Runner(Protocol):
 def start_timeout_s(model_bytes: int, disk_mib_per_s: int, *, base_s: int) -> int:
     """Give the seconds a start may take: program start plus reading the model from its disk, to full 10 s."""
     return -(-(base_s + model_bytes // (max(1, disk_mib_per_s) * 2**20)) // 10) * 10
+
+
+# What `device_env` sets: a service's own value would undo it.
+DEVICE_ENV = dict.fromkeys(
+    (
+        *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"),
+        "GGML_VK_VISIBLE_DEVICES",
+    ),
+    "write gpus:",
+)
 
 
 def device_env(gpus: tuple[GpuBudget, ...], host_has_gpus: bool) -> dict[str, str]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from labdeploy.errors import InventoryError
 from labdeploy.runners import llama_beside as beside
 from labdeploy.runners.base import (
+    DEVICE_ENV,
     Budget,
     Choice,
     GpuBudget,
@@ -155,13 +156,47 @@ OWNED_FLAGS = {
     }.items()
     for flag in flags
 } | {"-fit": "a plan leaves nothing to fit", "--fit": "a plan leaves nothing to fit"}
+# The command line wins over these, so that they would be read by people and by nobody else.
+OWNED_ENV = {
+    **DEVICE_ENV,
+    "LLAMA_API_KEY": "a key in a unit is readable by everyone on the host; write api_key_file:",
+    **{
+        f"LLAMA_ARG_{name}": f"write {key}:"
+        for key, name in {
+            "ctx_size": "CTX_SIZE",
+            "parallel": "N_PARALLEL",
+            "kv_unified": "KV_UNIFIED",
+            "gpu_layers": "N_GPU_LAYERS",
+            "n_cpu_moe": "N_CPU_MOE",
+            "gpus": "DEVICE",
+            "tensor_split": "TENSOR_SPLIT",
+            "threads": "THREADS",
+            "batch_size": "BATCH",
+            "ubatch_size": "UBATCH",
+            "cache_type_k": "CACHE_TYPE_K",
+            "cache_type_v": "CACHE_TYPE_V",
+            "flash_attn": "FLASH_ATTN",
+            "cache_ram": "CACHE_RAM",
+            "ctx_checkpoints": "CTX_CHECKPOINTS",
+            "swa_full": "SWA_FULL",
+            "load_mode": "LOAD_MODE",
+            "mmproj": "MMPROJ",
+            "mmproj_offload": "MMPROJ_OFFLOAD",
+            "model": "MODEL",
+            "bind": "HOST",
+            "port": "PORT",
+            "api_key_file": "API_KEY_FILE",
+        }.items()
+    },
+}
 # Flags that change what llama-server allocates, or where (common/arg.cpp), and that no setting stands for.
 UNCOUNTED_FLAGS = frozenset(
     (
         *("-sm", "--split-mode", "-mg", "--main-gpu", "-ot", "--override-tensor", "-nkvo", "--no-kv-offload"),
         *("--lora", "--lora-scaled", "--control-vector", "--control-vector-scaled", "--rpc", "-nr", "--no-repack"),
         *("--no-host", "--no-op-offload", "--embedding", "--embeddings", "--rerank", "--reranking", "--override-kv"),
-        *("-otd", "--override-tensor-draft", "-ncmoed", "--n-cpu-moe-draft", "-mv", "--model-vocoder"),
+        *("-otd", "--override-tensor-draft", "-ncmoed", "--n-cpu-moe-draft", "-mv", "--model-vocoder", "--spec-type"),
+        *("-ncffn", "--n-cpu-ffn", "--moe-cache-mib", "-lzm", "--lazy-mode"),
     )
 )
 
@@ -195,6 +230,7 @@ class LlamaServer:
     settings = LlamaServerSettings
     default_binary = "/usr/bin/llama-server"
     owned_flags = OWNED_FLAGS
+    owned_env = OWNED_ENV
     measures_gpu = False
     sizes_itself = False
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from labdeploy.errors import InventoryError
 from labdeploy.models.gguf import part_names
 from labdeploy.runners.base import (
+    DEVICE_ENV,
     Budget,
     Choice,
     GpuBudget,
@@ -156,6 +157,7 @@ class Ollama:
     settings = OllamaSettings
     default_binary = "/usr/local/bin/ollama"
     owned_flags: Mapping[str, str] = {}
+    owned_env = DEVICE_ENV | OWNED_ENV
     measures_gpu = True
     sizes_itself = False
 
@@ -216,8 +218,6 @@ def _shape(request: Request) -> ModelShape:
         _refuse(request, "Ollama has no API keys: whoever reaches its port may use and change it", hint)
     if request.flags:
         _refuse(request, "ollama serve takes no flags", "write its variables under env:")
-    for name in sorted(OWNED_ENV.keys() & request.env.keys()):
-        _refuse(request, f"env.{name} is set by the plan", OWNED_ENV[name])
     named = [key for key in _OF_OUR_STORE if getattr(request.settings, key) is not None]
     if request.settings.models and named:
         what = f"{named[0]} is for a store that labdeploy makes, and models: names one that Ollama keeps"

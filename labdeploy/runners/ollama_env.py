@@ -36,7 +36,6 @@ OWNED_ENV = {
     "LLAMA_API_KEY": "Ollama does not send it to its own llama-server, so that every request would fail",
     "LLAMA_ARG_HOST": "Ollama picks the address of its llama-server",
     "LLAMA_ARG_PORT": "Ollama picks the port of its llama-server",
-    "CUDA_VISIBLE_DEVICES": "write gpus:",
 }
 
 

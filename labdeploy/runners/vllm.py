@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from labdeploy.errors import InventoryError
 from labdeploy.runners import vllm_span
 from labdeploy.runners.base import (
+    DEVICE_ENV,
     Budget,
     Choice,
     GpuBudget,
@@ -88,6 +89,7 @@ class Vllm:
     settings = VllmSettings
     default_binary = "/opt/labdeploy/runners/vllm/current/bin/vllm"
     owned_flags = OWNED_FLAGS
+    owned_env = DEVICE_ENV | OWNED_ENV
     measures_gpu = True
     sizes_itself = True
 
@@ -160,8 +162,6 @@ def _snapshot(request: Request) -> Snapshot:
 def _refuse_contradictions(request: Request, snapshot: Snapshot) -> None:
     """Raise what no hardware could mend: vLLM would exit with these some 20 s after its start."""
     asked = request.settings
-    for name in OWNED_ENV.keys() & request.env.keys():
-        _refuse(request, f"env.{name} cannot be set here", OWNED_ENV[name])
     if asked.max_model_len and asked.max_model_len > snapshot.max_model_len:
         what = f"max_model_len {asked.max_model_len} is beyond the {snapshot.max_model_len} tokens of the model"
         _refuse(request, what, f"write max_model_len: {snapshot.max_model_len}, or leave it out")

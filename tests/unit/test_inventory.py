@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from conftest import MODELS
 
 from labdeploy import inventory, place
 from labdeploy.errors import InventoryError
@@ -112,6 +113,36 @@ def test_a_host_with_a_problem_of_its_own_is_still_a_host(lab: Lab):
     text = GOOD.replace("address: 10.0.0.2", "adress: 10.0.0.2").replace("path: qwen.gguf", "path: /qwen.gguf")
     found = lab.problems(text)
     assert [problem.split(": ")[1] for problem in found] == ["hosts.gpu2.adress", "models.qwen.path"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "name", "instead"),
+    [
+        ("runner: llama-server, env: {CUDA_VISIBLE_DEVICES: '1'}", "CUDA_VISIBLE_DEVICES", "write gpus:"),
+        ("runner: vllm, env: {CUDA_VISIBLE_DEVICES: '1'}", "CUDA_VISIBLE_DEVICES", "write gpus:"),
+        ("runner: ollama, env: {ROCR_VISIBLE_DEVICES: '1'}", "ROCR_VISIBLE_DEVICES", "write gpus:"),
+        ("runner: llama-server, env: {LLAMA_ARG_CTX_SIZE: 1}", "LLAMA_ARG_CTX_SIZE", "write ctx_size:"),
+        ("runner: ollama, env: {OLLAMA_GPU_OVERHEAD: 1}", "OLLAMA_GPU_OVERHEAD", "it reserves nothing"),
+        ("runner: ollama, env: {LLAMA_API_KEY: x}", "LLAMA_API_KEY", "Ollama does not send it"),
+        ("runner: vllm, env: {VLLM_API_KEY: x}", "VLLM_API_KEY", "a key in a unit is readable"),
+        ("runner: vllm, env: {VLLM_PORT: 80}", "VLLM_PORT", "it is not the API's port"),
+    ],
+)
+def test_what_would_undo_the_plan_is_refused(lab: Lab, keys: str, name: str, instead: str):
+    """A variable wins over the plan, or loses to it, in silence; with `runner: auto` it shows when that is chosen."""
+    service = f"services: {{a: {{model: qwen3-8b, port: 1, {keys}}}}}"
+    (found,) = lab.problems(f"hosts: {{h: {{hardware: {{cpu: {{cores: 4}}, ram: 64GiB}}, {service}}}}}\n{MODELS}")
+    assert found.startswith(f"1: hosts.h.services.a.env.{name}: cannot be set here; {instead}")
+
+
+def test_what_would_undo_the_plan_is_refused_of_a_runner_that_was_chosen(lab: Lab):
+    """Which one it is shows in the plan only."""
+    for keys, said in (
+        ("flags: [--ctx-size, 1]", "flags: --ctx-size is set by the plan; write ctx_size:"),
+        ("env: {LLAMA_ARG_CTX_SIZE: 1}", "env.LLAMA_ARG_CTX_SIZE: cannot be set here; write ctx_size:"),
+    ):
+        with pytest.raises(InventoryError, match=f"h: a: {said}"):
+            lab.plan("cpu: {cores: 4}, ram: 64GiB", a=f"model: qwen3-8b, port: 1, {keys}")
 
 
 def test_a_service_with_a_bad_key_is_still_a_service(lab: Lab):

@@ -251,8 +251,6 @@ def test_types_of_the_cache_that_end_its_llama_server_are_refused(
     [
         ({"api_key_file": "/etc/key"}, "no API keys", "reverse proxy"),
         ({"flags": ("--verbose",)}, "takes no flags", "env:"),
-        ({"env": {"OLLAMA_GPU_OVERHEAD": "1"}}, "OLLAMA_GPU_OVERHEAD", "fit_target"),
-        ({"env": {"LLAMA_API_KEY": "x"}}, "LLAMA_API_KEY", "every request would fail"),
     ],
 )
 def test_what_ollama_cannot_do_is_refused(more: dict[str, Any], what: str, hint: str):

@@ -537,13 +537,6 @@ def test_gguf_is_for_llama_server():
     assert "llama-server" in caught.value.hint
 
 
-def test_secrets_and_internal_ports_are_not_passed_through():
-    """`env:` would put the key into the unit, where everyone reads it."""
-    for name in ("VLLM_API_KEY", "VLLM_PORT"):
-        with pytest.raises(InventoryError, match=name):
-            plan(request(more={"env": {name: "x"}}), budget(gpu()))
-
-
 # --- command line ------------------------------------------------------------------------------------------------
 
 
