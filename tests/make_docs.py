@@ -83,8 +83,8 @@ Paths under `ssh:` and `local:` start at the folder of the inventory. All other 
 - Values that go into a unit as text must not hold `%`, `$`, a backquote, a double quote, a backslash or a line break.
   Values under `flags:` and `env:` may hold anything but line breaks and control characters: they are
   [escaped](templates.md#escaping).
-- A flag that the plan sets itself cannot stand under `flags:`, nor a variable that would undo it (`CUDA_VISIBLE_DEVICES`)
-  under `env:`. The error names the key to write instead.
+- A flag that the plan sets itself cannot stand under `flags:`, nor a variable that would undo it under `env:` (such as
+  `CUDA_VISIBLE_DEVICES`). The error names the key to write instead.
 - `runner: auto` takes no settings of one runner: write the runner to tune it.
 - YAML anchors and merge keys (`<<: *name`) work. A key written twice is an error.
 
