@@ -13,7 +13,6 @@ from labdeploy.cli_base import (
     Options,
     ask,
     common,
-    first_hint,
     generations_for,
     hosts_argument,
     plans_for,
@@ -29,7 +28,7 @@ from labdeploy.cli_pick import pick
 from labdeploy.cli_push import push, rollback
 from labdeploy.cli_runner import runner
 from labdeploy.cli_sandbox import sandbox
-from labdeploy.errors import CheckError, InventoryError
+from labdeploy.errors import CheckError, InventoryError, first_hint
 
 if TYPE_CHECKING:
     from labdeploy.generation import Generation

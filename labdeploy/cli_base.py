@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from labdeploy.errors import DeclinedError, InventoryError, LabdeployError, all_of
+from labdeploy.errors import DeclinedError, InventoryError, LabdeployError, all_of, first_hint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -138,11 +138,6 @@ def worst_code(errors: Iterable[LabdeployError]) -> int:
 def unanswered(answers: Mapping[str, Any]) -> dict[str, Any]:
     """Give the part of a JSON report for the hosts that did not answer."""
     return {h: {"error": str(error), "hint": error.hint} for h, error in errors_of(answers).items()}
-
-
-def first_hint(errors: Iterable[LabdeployError]) -> str:
-    """Give the first hint that there is."""
-    return next((error.hint for error in errors if error.hint), "")
 
 
 def print_json(document: Any) -> None:  # noqa: ANN401

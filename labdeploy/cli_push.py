@@ -10,7 +10,6 @@ import click
 
 from labdeploy.cli_base import (
     Options,
-    first_hint,
     generations_for,
     hosts_argument,
     plans_for,
@@ -19,7 +18,7 @@ from labdeploy.cli_base import (
     tell_all,
     worst_code,
 )
-from labdeploy.errors import INTERRUPTED, InventoryError, LabdeployError
+from labdeploy.errors import INTERRUPTED, InventoryError, LabdeployError, first_hint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence

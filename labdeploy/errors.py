@@ -92,6 +92,11 @@ class CheckError(LabdeployError):
     exit_code = 8
 
 
+def first_hint(errors: Iterable[LabdeployError]) -> str:
+    """Give the first hint that there is."""
+    return next((error.hint for error in errors if error.hint), "")
+
+
 def all_of(asks: Iterable[Callable[[], T]]) -> list[T]:
     """Return what each gives; where some raise InventoryError, raise one that says all of them, each once."""
     given: list[T] = []
@@ -104,5 +109,5 @@ def all_of(asks: Iterable[Callable[[], T]]) -> list[T]:
     if len(errors) == 1:
         raise next(iter(errors.values()))
     if errors:
-        raise InventoryError("\n".join(errors), hint=next((each.hint for each in errors.values() if each.hint), ""))
+        raise InventoryError("\n".join(errors), hint=first_hint(errors.values()))
     return given

@@ -43,10 +43,9 @@ class Difference:
 
 def completed(host: Host, machine: Machine | None) -> Host:
     """Fill in what the inventory leaves out of a host's hardware; InventoryError where nobody knows it."""
-    probed = _probed(machine)
-    if not host.hardware.is_known and probed is None:
+    hardware = _known(host, machine)
+    if hardware is None:
         raise InventoryError(_UNKNOWN, where=f"hosts.{host.name}.hardware", hint=f"labdeploy probe {host.name}")
-    hardware = host.hardware if host.hardware.is_known else _joined(host.hardware, probed or host.hardware)
     done = dataclasses.replace(host, hardware=_filled_in(hardware, machine) if machine else hardware)
     _check_gpus(done)
     return done
@@ -54,10 +53,18 @@ def completed(host: Host, machine: Machine | None) -> Host:
 
 def require_known(hosts: Iterable[Host], book: ModelBook) -> None:
     """Raise one InventoryError that names every host of which neither the inventory nor the lock says what it has."""
-    unknown = [host.name for host in hosts if not host.hardware.is_known and _probed(book.machine(host.name)) is None]
+    unknown = [host.name for host in hosts if _known(host, book.machine(host.name)) is None]
     if unknown:
         lines = "\n".join(f"{book.at(f'hosts.{name}.hardware')}: {_UNKNOWN}" for name in unknown)
         raise InventoryError(lines, hint=f"labdeploy probe {' '.join(unknown)}")
+
+
+def _known(host: Host, machine: Machine | None) -> Hardware | None:
+    """Give the hardware of a host: as written, the rest as probed; None where neither says enough for a plan."""
+    if host.hardware.is_known:
+        return host.hardware
+    probed = _probed(machine)
+    return _joined(host.hardware, probed) if probed else None
 
 
 def _probed(machine: Machine | None) -> Hardware | None:

@@ -168,12 +168,17 @@ class Request:
 def owned(flags: Iterable[str], env: Iterable[str], runner: Runner) -> Iterator[tuple[str, str]]:
     """Name what a service passes on though the plan sets it: the key where it stands, and what to write instead."""
     for word in flags:
-        flag = word.partition("=")[0].replace("_", "-")
+        flag = _flag_of(word)
         if word.startswith("-") and flag in runner.owned_flags:
             yield "flags", f"{flag} is set by the plan; {runner.owned_flags[flag]}"
     for name in env:
         if name in runner.owned_env:
             yield f"env.{name}", f"cannot be set here; {runner.owned_env[name]}"
+
+
+def _flag_of(word: str) -> str:
+    """Give the flag of a word as runners' help spells it: no value after `=`, no underscores."""
+    return word.partition("=")[0].replace("_", "-")
 
 
 def require_known_flags(request: Request, host: str) -> None:
@@ -190,11 +195,10 @@ def _flag_words(words: tuple[str, ...], known: Mapping[str, bool]) -> Iterator[s
     """Give the words that are flags: not the values of those before them, and not negative numbers."""
     is_value = False
     for word in words:
-        flag, equals, _ = word.partition("=")
-        flag = flag.replace("_", "-")
+        flag = _flag_of(word)
         if not is_value and re.match(r"--?[A-Za-z]", flag):
             yield flag
-        is_value = not is_value and not equals and known.get(flag, False)
+        is_value = not is_value and "=" not in word and known.get(flag, False)
 
 
 def _knows(build: Build, flag: str) -> bool:
@@ -344,7 +348,7 @@ def checkpoints(shape: ModelShape, *, swa_full: bool = False) -> Choice:
 
 def uncounted(request: Request, flags: AbstractSet[str]) -> Iterator[str]:
     """Warn of those of a service's flags that change what its runner allocates, and that no setting stands for."""
-    found = [word for word in request.flags if word.partition("=")[0].replace("_", "-") in flags]
+    found = [word for word in request.flags if _flag_of(word) in flags]
     if found:
         yield f"flags: {' '.join(found)} moves or takes memory that this plan does not count"
 
@@ -394,14 +398,14 @@ def start_timeout_s(model_bytes: int, disk_mib_per_s: int, *, base_s: int) -> in
     return -(-(base_s + model_bytes // (max(1, disk_mib_per_s) * 2**20)) // 10) * 10
 
 
-# What `device_env` sets: a service's own value would undo it.
-DEVICE_ENV = dict.fromkeys(
-    (
-        *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"),
-        "GGML_VK_VISIBLE_DEVICES",
-    ),
-    "write gpus:",
-)
+# Variables that say which GPUs there are, as `device_env` does: a service's own value would undo that.
+DEVICE_ENV = {
+    "CUDA_VISIBLE_DEVICES": "write gpus:",
+    "CUDA_DEVICE_ORDER": "write gpus:",
+    "HIP_VISIBLE_DEVICES": "write gpus:",
+    "ROCR_VISIBLE_DEVICES": "write gpus:",
+    "GGML_VK_VISIBLE_DEVICES": "write gpus:",
+}
 
 
 def device_env(gpus: tuple[GpuBudget, ...], host_has_gpus: bool) -> dict[str, str]:

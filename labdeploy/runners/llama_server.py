@@ -115,79 +115,63 @@ class LlamaServerSettings:
     spec_draft_n_max: int | None = setting(Int(1, 256), "tokens drafted at once", default=None)
 
 
-OWNED_FLAGS = {
-    flag: f"write {key}:"
-    for key, flags in {
-        "ctx_size": ("-c", "--ctx-size"),
-        "parallel": ("-np", "--parallel"),
-        "kv_unified": ("-kvu", "--kv-unified", "-no-kvu", "--no-kv-unified"),
-        "gpu_layers": ("-ngl", "--gpu-layers", "--n-gpu-layers"),
-        "n_cpu_moe": ("-ncmoe", "--n-cpu-moe", "-cmoe", "--cpu-moe"),
-        "gpus": ("-dev", "--device"),
-        "tensor_split": ("-ts", "--tensor-split"),
-        "threads": ("-t", "--threads"),
-        "threads_batch": ("-tb", "--threads-batch"),
-        "batch_size": ("-b", "--batch-size"),
-        "ubatch_size": ("-ub", "--ubatch-size"),
-        "cache_type_k": ("-ctk", "--cache-type-k"),
-        "cache_type_v": ("-ctv", "--cache-type-v"),
-        "flash_attn": ("-fa", "--flash-attn"),
-        "cache_ram": ("-cram", "--cache-ram"),
-        "ctx_checkpoints": ("-ctxcp", "--ctx-checkpoints"),
-        "swa_full": ("--swa-full",),
-        "load_mode": ("-lm", "--load-mode"),
-        "mmproj": ("-mm", "--mmproj", "-mmdev", "--mmproj-device", "--mmproj-auto", "--no-mmproj-auto", "--no-mmproj"),
-        "mmproj_offload": ("--mmproj-offload", "--no-mmproj-offload"),
-        "image_max_tokens": ("--image-max-tokens",),
-        "spec_draft_model": (
-            "-md",
-            "--model-draft",
-            "--spec-draft-model",
-            "-devd",
-            "--device-draft",
-            "--spec-draft-device",
-        ),
-        "spec_draft_ngl": ("-ngld", "--gpu-layers-draft", "--n-gpu-layers-draft", "--spec-draft-ngl"),
-        "spec_draft_n_max": ("--spec-draft-n-max",),
-        "model": ("-m", "--model", "-a", "--alias"),
-        "bind": ("--host",),
-        "port": ("--port",),
-        "api_key_file": ("--api-key", "--api-key-file"),
-    }.items()
-    for flag in flags
-} | {"-fit": "a plan leaves nothing to fit", "--fit": "a plan leaves nothing to fit"}
-# The command line wins over these, so that they would be read by people and by nobody else.
+# Flags and variables that say what a setting says. The command line wins over the variables, so that they would be read
+# by people and by nobody else.
+_SAID_BY = {
+    "ctx_size": ("-c", "--ctx-size", "LLAMA_ARG_CTX_SIZE"),
+    "parallel": ("-np", "--parallel", "LLAMA_ARG_N_PARALLEL"),
+    "kv_unified": ("-kvu", "--kv-unified", "-no-kvu", "--no-kv-unified", "LLAMA_ARG_KV_UNIFIED"),
+    "gpu_layers": ("-ngl", "--gpu-layers", "--n-gpu-layers", "LLAMA_ARG_N_GPU_LAYERS"),
+    "n_cpu_moe": ("-ncmoe", "--n-cpu-moe", "-cmoe", "--cpu-moe", "LLAMA_ARG_N_CPU_MOE"),
+    "gpus": ("-dev", "--device", "LLAMA_ARG_DEVICE"),
+    "tensor_split": ("-ts", "--tensor-split", "LLAMA_ARG_TENSOR_SPLIT"),
+    "threads": ("-t", "--threads", "LLAMA_ARG_THREADS"),
+    "threads_batch": ("-tb", "--threads-batch"),
+    "batch_size": ("-b", "--batch-size", "LLAMA_ARG_BATCH"),
+    "ubatch_size": ("-ub", "--ubatch-size", "LLAMA_ARG_UBATCH"),
+    "cache_type_k": ("-ctk", "--cache-type-k", "LLAMA_ARG_CACHE_TYPE_K"),
+    "cache_type_v": ("-ctv", "--cache-type-v", "LLAMA_ARG_CACHE_TYPE_V"),
+    "flash_attn": ("-fa", "--flash-attn", "LLAMA_ARG_FLASH_ATTN"),
+    "cache_ram": ("-cram", "--cache-ram", "LLAMA_ARG_CACHE_RAM"),
+    "ctx_checkpoints": ("-ctxcp", "--ctx-checkpoints", "LLAMA_ARG_CTX_CHECKPOINTS"),
+    "swa_full": ("--swa-full", "LLAMA_ARG_SWA_FULL"),
+    "load_mode": ("-lm", "--load-mode", "LLAMA_ARG_LOAD_MODE"),
+    "mmproj": (
+        "-mm",
+        "--mmproj",
+        "-mmdev",
+        "--mmproj-device",
+        "--mmproj-auto",
+        "--no-mmproj-auto",
+        "--no-mmproj",
+        "LLAMA_ARG_MMPROJ",
+    ),
+    "mmproj_offload": ("--mmproj-offload", "--no-mmproj-offload", "LLAMA_ARG_MMPROJ_OFFLOAD"),
+    "image_max_tokens": ("--image-max-tokens",),
+    "spec_draft_model": (
+        "-md",
+        "--model-draft",
+        "--spec-draft-model",
+        "-devd",
+        "--device-draft",
+        "--spec-draft-device",
+    ),
+    "spec_draft_ngl": ("-ngld", "--gpu-layers-draft", "--n-gpu-layers-draft", "--spec-draft-ngl"),
+    "spec_draft_n_max": ("--spec-draft-n-max",),
+    "model": ("-m", "--model", "-a", "--alias", "LLAMA_ARG_MODEL"),
+    "bind": ("--host", "LLAMA_ARG_HOST"),
+    "port": ("--port", "LLAMA_ARG_PORT"),
+    "api_key_file": ("--api-key", "--api-key-file", "LLAMA_ARG_API_KEY_FILE"),
+}
+_OWNED = {word: f"write {key}:" for key, words in _SAID_BY.items() for word in words}
+OWNED_FLAGS = {word: instead for word, instead in _OWNED.items() if word.startswith("-")} | {
+    "-fit": "a plan leaves nothing to fit",
+    "--fit": "a plan leaves nothing to fit",
+}
 OWNED_ENV = {
     **DEVICE_ENV,
+    **{word: instead for word, instead in _OWNED.items() if not word.startswith("-")},
     "LLAMA_API_KEY": "a key in a unit is readable by everyone on the host; write api_key_file:",
-    **{
-        f"LLAMA_ARG_{name}": f"write {key}:"
-        for key, name in {
-            "ctx_size": "CTX_SIZE",
-            "parallel": "N_PARALLEL",
-            "kv_unified": "KV_UNIFIED",
-            "gpu_layers": "N_GPU_LAYERS",
-            "n_cpu_moe": "N_CPU_MOE",
-            "gpus": "DEVICE",
-            "tensor_split": "TENSOR_SPLIT",
-            "threads": "THREADS",
-            "batch_size": "BATCH",
-            "ubatch_size": "UBATCH",
-            "cache_type_k": "CACHE_TYPE_K",
-            "cache_type_v": "CACHE_TYPE_V",
-            "flash_attn": "FLASH_ATTN",
-            "cache_ram": "CACHE_RAM",
-            "ctx_checkpoints": "CTX_CHECKPOINTS",
-            "swa_full": "SWA_FULL",
-            "load_mode": "LOAD_MODE",
-            "mmproj": "MMPROJ",
-            "mmproj_offload": "MMPROJ_OFFLOAD",
-            "model": "MODEL",
-            "bind": "HOST",
-            "port": "PORT",
-            "api_key_file": "API_KEY_FILE",
-        }.items()
-    },
 }
 # Flags that change what llama-server allocates, or where (common/arg.cpp), and that no setting stands for.
 UNCOUNTED_FLAGS = frozenset(
@@ -303,15 +287,14 @@ def _tune(asked: LlamaServerSettings, prefer: Prefer, models: Models, budget: Bu
     """
     if found := _fitting(asked, prefer, models, budget):
         return found
-    shape, wish, room = models.shape, _wish(asked, prefer, models, budget), _room(asked, budget)
-    return _tuning(asked, prefer, shape, budget, nearest(shape, wish, room))
+    return _tuning(asked, prefer, models.shape, budget, nearest(*_sought(asked, prefer, models, budget)))
 
 
 @functools.lru_cache(maxsize=8192)
 def _fitting(asked: LlamaServerSettings, prefer: Prefer, models: Models, budget: Budget) -> _Tuning | None:
     """Choose with the KV cache in f16, in q8_0 only where that fits nowhere and may be; None where neither fits."""
     _check_split(asked, _allowed(asked, budget))
-    shape, wish, room = models.shape, _wish(asked, prefer, models, budget), _room(asked, budget)
+    shape, wish, room = _sought(asked, prefer, models, budget)
     layout = choose(shape, wish, room)
     if not layout and _may_quantise_cache(asked, shape):
         q8_0 = dataclasses.replace(wish.base, **Q8_0)
@@ -326,8 +309,11 @@ def _tuning(asked: LlamaServerSettings, prefer: Prefer, shape: ModelShape, budge
     return _Tuning(layout, choices, memory, tuple(_shortfall(asked, layout, memory, budget)))
 
 
-def _wish(asked: LlamaServerSettings, prefer: Prefer, models: Models, budget: Budget) -> Wish:
-    return Wish(
+def _sought(
+    asked: LlamaServerSettings, prefer: Prefer, models: Models, budget: Budget
+) -> tuple[ModelShape, Wish, Room]:
+    """Say what is to be laid out, what the inventory says of it, and what it may take."""
+    wish = Wish(
         base=_base(asked, models, budget),
         ctx_size=asked.ctx_size,
         gpu_layers=asked.gpu_layers,
@@ -335,10 +321,7 @@ def _wish(asked: LlamaServerSettings, prefer: Prefer, models: Models, budget: Bu
         tensor_split=asked.tensor_split,
         prefer=prefer,
     )
-
-
-def _room(asked: LlamaServerSettings, budget: Budget) -> Room:
-    return Room(_gpu_sets(asked, _allowed(asked, budget)), budget.ram_mib, least=budget.least)
+    return models.shape, wish, Room(_gpu_sets(asked, _allowed(asked, budget)), budget.ram_mib, least=budget.least)
 
 
 def _may_quantise_cache(asked: LlamaServerSettings, shape: ModelShape) -> bool:

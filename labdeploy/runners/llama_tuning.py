@@ -160,16 +160,20 @@ class _Costs:
 
     def units(self, rung: Rung) -> list[float]:
         """Give the memory of each offloaded layer in order, the output layer last."""
-        first = max(0, len(self.dense) + 1 - rung.gpu_layers)
         layers = [
             self.dense[i] + self.context[i] + (self.experts[i] if i >= rung.n_cpu_moe else 0.0)
-            for i in range(first, len(self.dense))
+            for i in range(self._first(rung), len(self.dense))
         ]
         return [*layers, self.output]
 
     def left_mib(self, rung: Rung) -> float:
         """Give what is left to the host at least: layers and experts that are not offloaded."""
-        return sum((*self.dense, *self.experts, *self.context, self.output)) - sum(self.units(rung))
+        first = self._first(rung)
+        return sum((*self.dense[:first], *self.context[:first], *self.experts[: max(first, rung.n_cpu_moe)]))
+
+    def _first(self, rung: Rung) -> int:
+        """Give the first layer that is offloaded."""
+        return max(0, len(self.dense) + 1 - rung.gpu_layers)
 
 
 @functools.lru_cache(maxsize=16_384)
